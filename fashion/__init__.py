@@ -1,0 +1,1 @@
+"""Distributed training and search of a Fashion-MNIST classifier on Ray, measured into Parquet reports."""

@@ -1,0 +1,75 @@
+"""The command line: flags from dataclasses, users' mistakes as one line, exit codes 0, 1 and 2.
+
+Imports neither Ray nor torch, so that `--help` answers at once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from fashion.config import UserError
+
+T = TypeVar("T")
+
+DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
+
+
+def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """Parse `argv` into the dataclass `kind`; nested dataclasses share one flat set of flags.
+
+    A wrong or missing flag becomes a `UserError` of one line; `--help` prints and exits with 0.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=list(argv),
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UserError(f"{one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def one_line(box: str) -> str:
+    """Fold tyro's framed message into one line: the message, and the flag that was perhaps meant."""
+    inside = re.findall(r"^\u2502 (.*?) *\u2502$", box, re.MULTILINE)
+    rules = [number for number, line in enumerate(inside) if line.startswith("\u2500")]
+    message = " ".join(inside[: rules[0] if rules else None])
+    message = re.sub(r"^Error parsing [^:]*: ", "", " ".join(message.split()))
+    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(inside))
+    return message + (f" (perhaps {meant.group(1)})" if meant else "")
+
+
+def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
+    """Return the values of a few flags before the real parse, which depends on them; `--x` without a value is ''."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name, nargs="?", const="")
+    known, _ = parser.parse_known_args(list(argv))
+    return {name: getattr(known, name.lstrip("-").replace("-", "_")) for name in names}
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main` and exit: 0 done, 2 the user's mistake (one line), 1 anything else."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)

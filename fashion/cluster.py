@@ -1,0 +1,132 @@
+"""The Ray cluster: connect to it, see what it holds, and refuse what it cannot run before anything starts."""
+
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from fashion.config import ScaleConfig, TrainConfig, UserError, require
+
+# Ray Train polls its workers this often (default 2 s), which would cap a run at one report per two seconds.
+HEALTH_CHECK_INTERVAL_S = "0.5"
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one here with token authentication and no dashboard.
+
+    `num_cpus` gives a cluster that starts here so many logical CPUs in place of the machine's own number.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
+    # The workers run the environment that the driver runs; without this Ray would build it anew under `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if not ray.is_initialized():
+        # Workers' output stays in Ray's log folder: what a person needs comes back as rows, results and exceptions.
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if os.environ.get("RAY_ADDRESS", "local") == "local":
+            provide_token()
+            options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+            # Nobody reclaims this machine, so nobody need watch for it.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        ray.init(**options)
+    quieten()
+
+
+def quieten() -> None:
+    """Keep Ray Data's and Ray Train's narration out of this process' output; warnings stay."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def provide_token() -> None:
+    """Give a cluster that starts here a token of its own, unless the user has one.
+
+    Ray 2.60 turns token authentication on for such a cluster by itself, and would write a token into the home folder.
+    """
+    has_file = (Path.home() / ".ray" / "auth_token").exists()
+    if not has_file and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will occupy: the preflight prints it before anything starts."""
+
+    num_workers: tuple[int, int]
+    """Fewest and most workers."""
+    use_gpu: bool
+    cpus_per_worker: float
+    threads_per_worker: int
+    global_batch_size: int
+    num_train_rows: int
+    num_val_rows: int
+    steps_per_epoch: int
+    epochs: int
+    precision: str
+    cluster_cpus: float
+    cluster_gpus: float
+    num_nodes: int
+
+    def resources_per_worker(self) -> dict[str, float]:
+        """Return what Ray reserves for each worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {})
+
+    def lines(self) -> list[str]:
+        """Return the plan in words, one fact a line."""
+        low, high = self.num_workers
+        workers = str(high) if low == high else f"{low} to {high}"
+        each = f"{self.cpus_per_worker:g} CPU" + (" and 1 GPU" if self.use_gpu else "")
+        return [
+            f"cluster    {self.num_nodes} node(s), {self.cluster_cpus:g} CPUs, {self.cluster_gpus:g} GPUs",
+            f"workers    {workers}, each {each}, {self.threads_per_worker} thread(s)",
+            f"batch      {self.global_batch_size} rows a step, {self.global_batch_size // high} a worker",
+            f"rows       {self.num_train_rows} train, {self.num_val_rows} val",
+            f"steps      {self.steps_per_epoch} an epoch, {self.epochs} epochs",
+            f"precision  {self.precision}",
+        ]
+
+
+def make_plan(config: TrainConfig, scale: ScaleConfig, num_train_rows: int, num_val_rows: int) -> Plan:
+    """Fit a run to the live cluster; raises `UserError` with the numbers when it cannot be held."""
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    low, high = scale.worker_range
+    use_gpu = scale.use_gpu == "yes" or (scale.use_gpu == "auto" and gpus >= high)
+    if use_gpu and gpus < low:
+        raise UserError(
+            f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
+            "use --use-gpu auto, or fewer workers"
+        )
+    # Rows that stream from Ray Data need a CPU to be read with while the workers hold theirs.
+    reserved = 1 if config.data_mode == "streaming" else 0
+    needed = low * scale.cpus_per_worker + reserved
+    require(
+        needed <= cpus,
+        f"--num-workers {scale.num_workers} needs {needed:g} CPUs ({low} x {scale.cpus_per_worker:g}"
+        + (" + 1 to read rows" if reserved else "")
+        + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
+    )
+    rows = min(num_train_rows, config.max_train_rows or num_train_rows)
+    return Plan(
+        num_workers=(low, high),
+        use_gpu=use_gpu,
+        cpus_per_worker=scale.cpus_per_worker,
+        threads_per_worker=scale.threads_per_worker,
+        global_batch_size=config.global_batch_size,
+        num_train_rows=rows,
+        num_val_rows=num_val_rows,
+        steps_per_epoch=config.steps_per_epoch(rows),
+        epochs=config.epochs,
+        precision=config.precision,
+        cluster_cpus=cpus,
+        cluster_gpus=gpus,
+        num_nodes=len([node for node in ray.nodes() if node["Alive"]]),
+    )

@@ -1,0 +1,203 @@
+"""The epochs of one run, from seed to last epoch, over one rank's rows. Knows torch, not Ray: a worker of Ray Train and
+a trial of a search drive the same generator.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashion import checkpoint, loop
+from fashion.config import TrainConfig
+from fashion.model import FashionCNN, initialise, place
+from fashion.optimizer import build_optimizer
+
+EVAL_BATCH_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a rank trains on and evaluates.
+
+    `train_batches(epoch)` yields this rank's batches of (images, labels); `val` holds its val images (N, 1, 28, 28)
+    uint8 and labels (N,) int64; the totals are over all ranks.
+    """
+
+    train_batches: Callable[[int], Iterator[loop.Batch]]
+    val: loop.Batch
+    num_train_rows: int
+    num_val_rows: int
+    pixel_mean: float
+    pixel_std: float
+
+
+class Run:
+    """A run in progress: network, optimizer and history; `epochs()` advances it."""
+
+    def __init__(self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Build the network from the seed alone, so that all ranks start equal; `wrap` adds DDP."""
+        self.config = config
+        self.rows = rows
+        self.rank = rank
+        self.steps = config.steps_per_epoch(rows.num_train_rows)
+        self.precision = loop.resolve_precision(config.precision, rank.device)
+        torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
+        self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
+        self.optimizer = build_optimizer(config, self.model)
+        self.wrapped = wrap(self.model)
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs trained so far, earlier lives of the run included."""
+        return max((row["epoch"] for row in self.history), default=0)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into the empty `folder`."""
+        checkpoint.save(folder, self.model, self.optimizer, {"history": self.history})
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`."""
+        self.history = checkpoint.load(folder, self.model, self.optimizer)["history"]
+
+    @staticmethod
+    def ignore_step(epoch: int, step: int) -> None:
+        """Do nothing: the observer of steps where nobody looks."""
+
+    def epochs(self, on_step: Callable[[int, int], None] = ignore_step) -> Iterator[dict[str, float]]:
+        """Train the remaining epochs; after each, yield its metrics as flat columns, the same on all ranks.
+
+        Raises `loop.Diverged` on all ranks together.
+        """
+        for epoch in range(self.epochs_done + 1, self.config.epochs + 1):
+            yield self._epoch(epoch, on_step)
+
+    def _epoch(self, epoch: int, on_step: Callable[[int, int], None]) -> dict[str, float]:
+        config, device = self.config, self.rank.device
+        # Dropout draws from the global generator: keyed like the rest, and different on every rank.
+        torch.manual_seed(loop.stream_seed(config.seed, epoch, self.rank.rank, 2))
+        trained = loop.train_one_epoch(
+            self.wrapped,
+            self.rows.train_batches(epoch),
+            self.optimizer,
+            epoch=epoch,
+            set_lr=lambda step: self._set_lr((epoch - 1) * self.steps + step - 1),
+            precision=self.precision,
+            label_smoothing=config.label_smoothing,
+            device=device,
+            on_step=lambda step: on_step(epoch, step),
+        )
+        expected = self.steps * config.global_batch_size
+        assert trained.sums.num_rows == expected, (trained.sums.num_rows, expected)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        started = time.perf_counter()
+        # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
+        batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
+        val = loop.evaluate(self.model, batches, precision=self.precision, device=device)
+        assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
+        val_time = time.perf_counter() - started
+        metrics = {
+            "epoch": epoch,
+            "train_loss": trained.sums.loss,
+            "train_accuracy": trained.sums.accuracy,
+            "train_rows": trained.sums.num_rows,
+            "val_loss": val.loss,
+            "val_accuracy": val.accuracy,
+            "val_rows": val.num_rows,
+            "lr": lr,
+            "epoch_time_s": trained.time_s,
+            "data_wait_s": trained.data_wait_s,
+            "val_time_s": val_time,
+        }
+        self.history.extend(epoch_rows(metrics))
+        return metrics
+
+    def _set_lr(self, step: int) -> None:
+        config = self.config
+        total = config.epochs * self.steps
+        factor = loop.learning_rate(config.schedule, 1.0, config.warmup_fraction, step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> FashionCNN:
+    """Return the network of `config`, weights drawn from torch's global generator."""
+    model = FashionCNN(
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        dropout_conv=config.dropout_conv,
+        dropout_fc=config.dropout_fc,
+        padding=config.padding,
+    )
+    initialise(model, config.init)
+    return model
+
+
+def epoch_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the two rows of the `epochs` table, train and val, of one epoch's metrics."""
+    times = {"train": (metrics["epoch_time_s"], metrics["data_wait_s"]), "val": (metrics["val_time_s"], 0.0)}
+    return [
+        {
+            "epoch": int(metrics["epoch"]),
+            "split": split,
+            "loss": metrics[f"{split}_loss"],
+            "accuracy": metrics[f"{split}_accuracy"],
+            "rows": int(metrics[f"{split}_rows"]),
+            "lr": metrics["lr"],
+            "epoch_time_s": time_s,
+            "data_wait_s": wait_s,
+            "images_per_s": metrics[f"{split}_rows"] / time_s,
+        }
+        for split, (time_s, wait_s) in times.items()
+    ]
+
+
+def checkpoint_score(metrics: dict[str, float]) -> float:
+    """Return what the best checkpoint has most of: val accuracy, and of equal ones the lower val loss.
+
+    Accuracy, because it is what the project claims, and because val loss turns upward from overconfidence while
+    accuracy still rises; the loss term is below half a row of val and only breaks ties.
+    """
+    return metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0)
+
+
+def resident_batches(
+    config: TrainConfig, images: Tensor, labels: Tensor, rank: Rank, num_steps: int
+) -> Callable[[int], Iterator[loop.Batch]]:
+    """Return `train_batches(epoch)` over a shard that stays on the device: each epoch is a permutation of its index."""
+    augmentation = loop.Augmentation(config.flip, config.shift)
+
+    def train_batches(epoch: int) -> Iterator[loop.Batch]:
+        return loop.shuffled_batches(
+            images,
+            labels,
+            batch_size=config.global_batch_size // rank.world_size,
+            num_steps=num_steps,
+            augmentation=augmentation,
+            seed=config.seed,
+            epoch=epoch,
+            rank=rank.rank,
+        )
+
+    return train_batches
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

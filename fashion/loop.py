@@ -1,0 +1,277 @@
+"""One epoch of training and one evaluation over any batches; metrics as sums. Knows torch, not Ray, files or presets.
+
+Under DDP every rank calls these functions with equally many training batches; sums are reduced over the ranks, so all
+ranks return the same numbers.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 1, 28, 28) uint8 and labels (B,) int64, on the model's device."""
+
+STEPS_BETWEEN_CHECKS = 50
+
+
+class Diverged(RuntimeError):
+    """The loss was not finite; every rank raises it at the same step."""
+
+
+@dataclass(frozen=True)
+class ClassificationSums:
+    """Sums over rows, reduced over all ranks. Dividing once, here, is exact for ragged batches and shards."""
+
+    loss_sum: float
+    """Nats, without label smoothing."""
+    num_correct: int
+    num_rows: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per row."""
+        return self.loss_sum / self.num_rows
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows classified correctly, 0..1."""
+        return self.num_correct / self.num_rows
+
+
+class SumMeter:
+    """Accumulates loss, hits and rows on the device, without synchronising with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Loss in float64: a float32 sum over 60,000 rows loses the digits that reports compare.
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = 0
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch: `loss_sum` () nats, `logits` (B, 10), `labels` (B,)."""
+        self._loss += loss_sum.detach()
+        self._correct += (logits.detach().argmax(1) == labels).sum()
+        self._rows += len(labels)
+
+    def reduce(self) -> ClassificationSums:
+        """Return the sums over all ranks."""
+        sums = torch.stack([self._loss, self._correct.double(), torch.full_like(self._loss, self._rows)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        loss_sum, num_correct, num_rows = sums.tolist()
+        return ClassificationSums(loss_sum, round(num_correct), round(num_rows))
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch of training: its sums and where this rank's time went."""
+
+    sums: ClassificationSums
+    time_s: float
+    data_wait_s: float
+
+
+def stream_seed(*key: int) -> int:
+    """Turn a key such as (seed, epoch, rank, purpose) into a 63-bit seed; other keys give independent streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Tell whether `device` has bf16 in hardware: CUDA capability >= 8.0; avx512_bf16 or amx_bf16 on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return fp32 or bf16 for `precision` (auto, fp32 or bf16), the same on every rank: bf16 only if all have it."""
+    if precision != "auto":
+        return precision
+    native = torch.tensor(int(has_native_bf16(device)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(native, op=dist.ReduceOp.MIN)
+    return "bf16" if native.item() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which the forward pass runs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def learning_rate(schedule: str, peak: float, warmup_fraction: float, step: int, total_steps: int) -> float:
+    """Return the learning rate of `step` (0-based) of `total_steps`.
+
+    `one-cycle` rises along a cosine from peak / 25 to the peak at `warmup_fraction`, then falls along a cosine to
+    nearly 0 (Smith and Topin 2017, arXiv 1708.07120; the two phases and constants of torch's OneCycleLR). It is a pure
+    function of the step, so a resumed run needs no schedule state.
+    """
+    if schedule == "constant":
+        return peak
+    start, end = peak / 25.0, peak / 25.0 / 1e4
+    top = warmup_fraction * total_steps - 1.0
+    last = total_steps - 1.0
+    if step <= top:
+        low, share = start, 1.0 - step / top if top > 0 else 0.0
+    else:
+        low, share = end, (step - top) / max(last - top, 1.0)
+    return low + (peak - low) / 2.0 * (1.0 + math.cos(math.pi * share))
+
+
+def augment(images: Tensor, flips: Tensor | None, shift: int, generator: torch.Generator) -> Tensor:
+    """Flip and shift `images` (B, 1, 28, 28) uint8.
+
+    `flips` (B,) bool says which rows to mirror; `shift` is the largest move in pixels, what moves in is background (0).
+    """
+    if flips is not None:
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+    if shift:
+        rows, _, height, width = images.shape
+        padded = F.pad(images, (shift, shift, shift, shift))
+        moves = torch.randint(0, 2 * shift + 1, (2, rows, 1), generator=generator).to(images.device)
+        down = (moves[0] + torch.arange(height, device=images.device)).view(rows, height, 1)
+        right = (moves[1] + torch.arange(width, device=images.device)).view(rows, 1, width)
+        row = torch.arange(rows, device=images.device).view(rows, 1, 1)
+        images = padded[row, 0, down, right].unsqueeze(1)
+    return images
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images: `flip` none, random or alternating; `shift` in pixels."""
+
+    flip: str = "none"
+    shift: int = 0
+
+    def apply(self, images: Tensor, row: Tensor, *, seed: int, epoch: int, generator: torch.Generator) -> Tensor:
+        """Return augmented `images` (B, 1, 28, 28); `row` (B,) are their positions in the shard.
+
+        An alternating flip draws a coin per row once and turns it every epoch, so that two epochs show both views
+        (Jordan 2024, arXiv 2404.00498).
+        """
+        flips = None
+        if self.flip == "random":
+            flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+        elif self.flip == "alternating":
+            # A multiplicative hash of the row: a coin per row that needs no table.
+            coin = ((row + seed) * 2654435761 >> 16) & 1
+            flips = ((coin + epoch) % 2 == 1).to(images.device)
+        return augment(images, flips, self.shift, generator)
+
+
+def shuffled_batches(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    num_steps: int,
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    rank: int,
+) -> Iterator[Batch]:
+    """Yield `num_steps` augmented batches of `batch_size` rows in the order of (seed, epoch, rank).
+
+    `images` (N, 1, 28, 28) uint8 and `labels` (N,) int64 are this rank's shard. Every row comes at most once.
+    """
+    assert num_steps * batch_size <= len(labels), (num_steps, batch_size, len(labels))
+    generator = torch.Generator().manual_seed(stream_seed(seed, epoch, rank, 0))
+    order = torch.randperm(len(labels), generator=generator)[: num_steps * batch_size]
+    for row in order.view(num_steps, batch_size):
+        index = row.to(images.device)
+        picked = augmentation.apply(images[index], row, seed=seed, epoch=epoch, generator=generator)
+        yield picked, labels[index]
+
+
+def plain_batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[Batch]:
+    """Yield all rows in order, the last batch shorter."""
+    for start in range(0, len(labels), batch_size):
+        yield images[start : start + batch_size], labels[start : start + batch_size]
+
+
+def raise_together(first_bad_step: Tensor, epoch: int) -> None:
+    """Raise `Diverged` on every rank if any rank saw a loss that is not finite; `first_bad_step` () int64."""
+    if dist.is_initialized():
+        dist.all_reduce(first_bad_step, op=dist.ReduceOp.MIN)
+    step = int(first_bad_step.item())
+    if step != torch.iinfo(torch.int64).max:
+        raise Diverged(f"loss is not finite at epoch {epoch}, step {step}; lower --lr")
+
+
+def train_one_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    epoch: int,
+    set_lr: Callable[[int], None],
+    precision: str,
+    label_smoothing: float,
+    device: torch.device,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> EpochResult:
+    """Train `model` on `batches`; return the epoch's sums in training mode and its times.
+
+    `set_lr(step)` is called before each step with its 1-based number within the epoch, `on_step(step)` after it. The
+    loss is looked at every 50 steps and at the end, in one small reduction, because a look at each step would stall
+    a GPU. Raises `Diverged` on all ranks together; nothing is saved in between.
+    """
+    model.train()
+    meter = SumMeter(device)
+    never = torch.iinfo(torch.int64).max
+    first_bad_step = torch.full((), never, device=device)
+    started = time.perf_counter()
+    waited = 0.0
+    iterator = iter(batches)
+    step = 0
+    while True:
+        asked = time.perf_counter()
+        batch = next(iterator, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        images, labels = batch
+        step += 1
+        set_lr(step)
+        with autocast(precision, device):
+            logits = model(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        with torch.no_grad():
+            plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
+            meter.add(plain * len(labels), logits, labels)
+            bad = torch.where(torch.isfinite(loss.detach()), never, step)
+            first_bad_step = torch.minimum(first_bad_step, bad)
+        if step % STEPS_BETWEEN_CHECKS == 0:
+            raise_together(first_bad_step, epoch)
+        on_step(step)
+    raise_together(first_bad_step, epoch)
+    sums = meter.reduce()
+    return EpochResult(sums, time.perf_counter() - started, waited)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str, device: torch.device) -> ClassificationSums:
+    """Return the sums of `model` (not DDP-wrapped) over this and all other ranks' batches, in evaluation mode.
+
+    Ranks may have different numbers of batches, none included: nothing is exchanged before the last row.
+    """
+    model.eval()
+    meter = SumMeter(device)
+    for images, labels in batches:
+        with autocast(precision, device):
+            logits = model(images)
+        logits = logits.float()
+        meter.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+    return meter.reduce()

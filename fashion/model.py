@@ -1,0 +1,127 @@
+"""The network: 3 x 3 convolutions in two blocks, then three linear layers; 7,001,194 parameters.
+
+Raw images in, logits out: normalisation is the first step, its constants are saved with the weights, so a checkpoint
+is complete by itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fashion.config import IMAGE_SIZE, NUM_CLASSES, Padding
+
+NUM_PARAMETERS = 7_001_194
+
+
+class PartialConv2d(nn.Conv2d):
+    """A 3 x 3 convolution that treats the padding as missing rather than as zero.
+
+    The output without bias is scaled by (taps of the kernel) / (taps inside the image): 1 inside, 9/6 along an edge,
+    9/4 in a corner. Partial-convolution padding, Liu et al. 2018, arXiv 1811.11718.
+    """
+
+    ratio: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, size: int) -> None:
+        """Make a layer for square inputs of `size` pixels."""
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+        valid_taps = F.conv2d(torch.ones(1, 1, size, size), torch.ones(1, 1, 3, 3), padding=1)
+        # Not persistent: it follows from the shape, and a checkpoint fits every padding mode.
+        self.register_buffer("ratio", 9.0 / valid_taps, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in, size, size) to (B, out, size, size)."""
+        assert self.bias is not None
+        output = F.conv2d(input, self.weight, padding=1)
+        return output * self.ratio.to(output.dtype) + self.bias.to(output.dtype).view(1, -1, 1, 1)
+
+
+def conv(in_channels: int, out_channels: int, size: int, padding: Padding) -> nn.Conv2d:
+    """Return a 3 x 3 convolution, stride 1, one pixel of `padding`, for square inputs of `size` pixels."""
+    if padding == "partial":
+        return PartialConv2d(in_channels, out_channels, size)
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, padding_mode=padding)
+
+
+class FashionCNN(nn.Module):
+    """The classifier: (B, 1, 28, 28) uint8 images to (B, 10) logits.
+
+    `pixel_mean` and `pixel_std` are those of the training pixels, in 0..1.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        pixel_mean: float,
+        pixel_std: float,
+        dropout_conv: float = 0.0,
+        dropout_fc: float = 0.0,
+        padding: Padding = "zeros",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean))
+        self.register_buffer("pixel_std", torch.tensor(pixel_std))
+        full, half = IMAGE_SIZE, IMAGE_SIZE // 2
+        self.conv1 = conv(1, 32, full, padding)
+        self.conv2 = conv(32, 32, full, padding)
+        self.conv3 = conv(32, 64, full, padding)
+        self.conv4 = conv(64, 128, half, padding)
+        self.conv5 = conv(128, 128, half, padding)
+        self.conv6 = conv(128, 256, half, padding)
+        self.fc1 = nn.Linear(256 * 7 * 7, 512)
+        self.fc2 = nn.Linear(512, 64)
+        self.fc3 = nn.Linear(64, NUM_CLASSES)
+        self.dropout_conv = nn.Dropout(dropout_conv)
+        self.dropout_fc = nn.Dropout(dropout_fc)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, 10) of `images` (B, 1, 28, 28) uint8."""
+        x = (images.float() / 255.0 - self.pixel_mean) / self.pixel_std
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.conv1(x))  # (B, 32, 28, 28)
+        x = self.dropout_conv(F.relu(self.conv2(x)))
+        x = F.relu(self.conv3(x))  # (B, 64, 28, 28)
+        x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 64, 14, 14)
+        x = F.relu(self.conv4(x))  # (B, 128, 14, 14)
+        x = F.relu(self.conv5(x))
+        x = F.relu(self.conv6(x))  # (B, 256, 14, 14)
+        x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 256, 7, 7)
+        x = x.flatten(1)  # (B, 12544)
+        x = self.dropout_fc(F.relu(self.fc1(x)))
+        x = self.dropout_fc(F.relu(self.fc2(x)))
+        logits: Tensor = self.fc3(x)
+        return logits
+
+
+def initialise(model: FashionCNN, init: str) -> None:
+    """Redraw the weights from torch's global generator; `torch` keeps what the layers drew themselves.
+
+    `glorot`: Glorot and Bengio 2010, uniform, zero biases: Keras' default. `he`: He et al. 2015, normal, zero biases,
+    and the last layer scaled down so that the first logits are small.
+    """
+    if init == "torch":
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if init == "glorot":
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    if init == "he":
+        with torch.no_grad():
+            model.fc3.weight.mul_(0.3)
+
+
+def place(model: FashionCNN, device: torch.device) -> FashionCNN:
+    """Move `model` to `device`, its weights in channels-last order, which convolutions on both CPU and GPU prefer."""
+    return model.to(memory_format=torch.channels_last).to(device)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,81 @@
+"""Optimizers: torch's Adam and AdamW, and Muon for the convolutions with AdamW for the rest. Knows torch and config."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashion.config import TrainConfig
+
+MOMENTUM = 0.9
+# Muon's customary rate is 0.02; with AdamW's 1.5e-3 for the other parameters, chosen on val, that is this ratio.
+LR_RATIO = 0.02 / 1.5e-3
+# Coefficients of the quintic iteration and its five steps: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Return roughly the nearest semi-orthogonal matrix to `matrix` (m, n): same singular vectors, values near 1."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x: Tensor = wide / (wide.norm() + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that groups with `muon: True` are moved along their orthogonalised momentum.
+
+    A convolution's weight (out, in, 3, 3) counts as a matrix (out, in * 9). Its step has singular values near
+    `LR_RATIO` times the learning rate, so that one learning rate serves both kinds of parameters.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update all groups; gradients of Muon's groups are used up."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            if not group.get("muon"):
+                continue
+            for weight in group["params"]:
+                self._move(weight, group["lr"], group["weight_decay"])
+                # AdamW skips what has no gradient, so the rest of the step passes this weight by.
+                weight.grad = None
+        return super().step()
+
+    def _move(self, weight: Tensor, lr: float, weight_decay: float) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "every convolution takes part in every step"
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["step"] = torch.zeros(())  # AdamW's own loading looks for it
+            state["momentum"] = torch.zeros_like(weight)
+        momentum: Tensor = state["momentum"]
+        momentum.mul_(MOMENTUM).add_(gradient)
+        ahead = gradient.add(momentum, alpha=MOMENTUM).reshape(weight.shape[0], -1)
+        update = orthogonalised(ahead).reshape(weight.shape)
+        weight.mul_(1 - LR_RATIO * lr * weight_decay)
+        weight.add_(update, alpha=-LR_RATIO * lr)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer != "muon":
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind([{"params": list(model.parameters()), "peak_lr": config.lr}], **options)
+    # The first convolution has one input channel, a matrix of 32 x 9: nothing to orthogonalise.
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 4 and parameter.shape[1] > 1]
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return Muon(
+        [
+            {"params": rest, "peak_lr": config.lr, "muon": False},
+            {"params": matrices, "peak_lr": config.lr, "muon": True},
+        ],
+        **options,
+    )

@@ -1,0 +1,223 @@
+"""The Parquet reports: schemas, atomic write, read, and what identifies a run (code, versions, hardware).
+
+One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`; the driver of a run is its only
+writer. Knows neither Ray nor torch.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import fs as pafs
+
+from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError
+from fashion.storage import Storage
+
+SCHEMA_VERSION = 1
+REPORTS_FOLDER = "reports"
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+# Losses in nats per row, accuracies and shares as fractions, times in seconds, epochs counted from 1. `run_id` is the
+# partition column of every table, so it is not in the files.
+SCHEMAS: dict[str, pa.Schema] = {
+    "runs": pa.schema(
+        [
+            ("kind", pa.string()),  # train, trial or refit
+            ("search_id", pa.string()),
+            ("status", pa.string()),  # running, completed, diverged, failed or interrupted
+            ("error", pa.string()),
+            ("started_at", _TIME),
+            ("finished_at", _TIME),
+            ("wall_s", pa.float64()),
+            ("dataset", pa.string()),
+            ("dataset_sha256", pa.string()),
+            ("source_hash", pa.string()),
+            ("preset", pa.string()),
+            ("config_json", pa.string()),
+            ("num_parameters", pa.int64()),
+            ("world_size", pa.int32()),
+            ("device", pa.string()),
+            ("precision", pa.string()),
+            ("threads_per_worker", pa.int32()),
+            ("data_mode", pa.string()),
+            ("epochs_done", pa.int32()),
+            ("best_epoch", pa.int32()),
+            ("train_loss", pa.float64()),
+            ("train_accuracy", pa.float64()),
+            ("val_loss", pa.float64()),
+            ("val_accuracy", pa.float64()),
+            ("test_loss", pa.float64()),
+            ("test_accuracy", pa.float64()),
+            ("test_rows", pa.int64()),
+            ("images_per_s", pa.float64()),
+            ("peak_memory_bytes", pa.int64()),  # of the largest worker
+            ("checkpoint", pa.string()),  # the chosen one, relative to the storage
+            ("resumed_from", pa.int32()),  # epoch that the last life of the run started after; null if unbroken
+            ("hardware", pa.string()),
+            ("ray_version", pa.string()),
+            ("torch_version", pa.string()),
+        ]
+    ),
+    "epochs": pa.schema(
+        [
+            ("epoch", pa.int32()),
+            ("split", pa.string()),
+            ("loss", pa.float64()),
+            ("accuracy", pa.float64()),
+            ("rows", pa.int64()),
+            ("lr", pa.float64()),
+            ("epoch_time_s", pa.float64()),
+            ("data_wait_s", pa.float64()),
+            ("images_per_s", pa.float64()),
+        ]
+    ),
+    "predictions": pa.schema(
+        [
+            ("split", pa.string()),
+            ("index", pa.int32()),
+            ("label", pa.uint8()),
+            ("predicted", pa.uint8()),
+            ("probabilities", pa.list_(pa.float32(), 10)),
+            ("loss", pa.float32()),
+        ]
+    ),
+    "classes": pa.schema(
+        [
+            ("split", pa.string()),
+            ("label", pa.uint8()),
+            ("name", pa.string()),
+            ("precision", pa.float64()),
+            ("recall", pa.float64()),
+            ("f1", pa.float64()),
+            ("support", pa.int64()),
+        ]
+    ),
+    "confusion": pa.schema(
+        [("split", pa.string()), ("label", pa.uint8()), ("predicted", pa.uint8()), ("count", pa.int64())]
+    ),
+}
+
+
+def write_table(storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table) -> str:
+    """Replace the rows of `run_id` in `table`, as a whole; return the file's path as a person would write it.
+
+    A missing column becomes null; an unknown one raises `ValueError`, so that no measurement is dropped in silence.
+    """
+    schema = SCHEMAS[table]
+    if isinstance(rows, list):
+        unknown = sorted({key for row in rows for key in row} - set(schema.names))
+        if unknown:
+            raise ValueError(f"table {table} has no column {', '.join(unknown)}")
+        rows = pa.Table.from_pylist(rows, schema=schema)
+    content = rows.cast(schema).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(content, sink, compression="zstd")
+    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}.parquet")
+    storage.write_bytes(sink.getvalue(), *place)
+    return storage.show(*place)
+
+
+def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]]:
+    """Return the rows of one run as dictionaries; an empty list when there are none."""
+    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}.parquet")
+    if not storage.exists(*place):
+        return []
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(*place))).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{storage.show(*place)} is damaged ({error}); remove it") from error
+    return rows
+
+
+def find_run(storage: Storage, run_id: str) -> dict[str, Any] | None:
+    """Return the `runs` row of `run_id`, or None."""
+    rows = read_table(storage, "runs", run_id)
+    return rows[0] if rows else None
+
+
+def load_run(storage: Storage, run_id: str) -> dict[str, Any]:
+    """Return the `runs` row of `run_id`; raises `UserError` naming the runs that exist."""
+    row = find_run(storage, run_id)
+    if row is None:
+        known = list_runs(storage)
+        names = f"there are {', '.join(known[-5:])}" if known else "there are none yet"
+        raise UserError(f"--run-id {run_id} does not exist in {storage.uri}; {names}")
+    return row
+
+
+def list_runs(storage: Storage) -> list[str]:
+    """Return the ids of all runs, sorted."""
+    selector = pafs.FileSelector(storage.path(REPORTS_FOLDER, "runs"), allow_not_found=True)
+    return sorted(info.base_name.removeprefix("run_id=") for info in storage.fs.get_file_info(selector))
+
+
+# --- rows of an evaluation ----------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(labels: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return counts (10, 10): row is the label, column the prediction."""
+    cells = labels.astype(np.int64) * NUM_CLASSES + predicted
+    return np.bincount(cells, minlength=NUM_CLASSES**2).reshape(NUM_CLASSES, NUM_CLASSES)
+
+
+def confusion_rows(matrix: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return the rows of the `confusion` table, all 100 cells."""
+    return [
+        {"label": label, "predicted": predicted, "count": int(matrix[label, predicted])}
+        for label in range(NUM_CLASSES)
+        for predicted in range(NUM_CLASSES)
+    ]
+
+
+def class_rows(matrix: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return the rows of the `classes` table; a share of nothing is 0."""
+    rows: list[dict[str, Any]] = []
+    for label, name in enumerate(CLASS_NAMES):
+        hits, support, claimed = int(matrix[label, label]), int(matrix[label].sum()), int(matrix[:, label].sum())
+        precision, recall = hits / max(claimed, 1), hits / max(support, 1)
+        f1 = 2 * hits / max(claimed + support, 1)
+        rows.append(
+            {"label": label, "name": name, "precision": precision, "recall": recall, "f1": f1, "support": support}
+        )
+    return rows
+
+
+# --- what identifies a run ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return the SHA-256 over the project's Python files that run here: proves which code made a row."""
+    package = Path(__file__).resolve().parent
+    folders = [package, package.parent / "jobs"]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(f"{path.parent.name}/{path.name}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions that runs record, without importing the packages."""
+    return {"ray_version": version("ray"), "torch_version": version("torch")}
+
+
+def hardware() -> str:
+    """Return the driver's processor and core count in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in read_lines(cpuinfo) if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return a text file's lines, none if it does not exist."""
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,99 @@
+"""Where files live: a local folder or any URI that `pyarrow.fs` opens. Files appear whole or not at all."""
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from fashion.config import UserError
+
+
+@dataclass(frozen=True)
+class Storage:
+    """An opened storage root.
+
+    `uri` is what Ray is given (an absolute path or a URI), `fs` and `root` are what pyarrow uses.
+    """
+
+    uri: str
+    fs: pafs.FileSystem
+    root: str
+
+    def path(self, *parts: str) -> str:
+        """Return the path of `parts` below the root, in the form that `fs` takes."""
+        return "/".join((self.root, *parts))
+
+    def show(self, *parts: str) -> str:
+        """Return the same path as a person would write it."""
+        return "/".join((self.uri.rstrip("/"), *parts))
+
+    def exists(self, *parts: str) -> bool:
+        """Tell whether a file or folder is there."""
+        return bool(self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound)
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Return a file's content. Raises `FileNotFoundError`."""
+        with self.fs.open_input_file(self.path(*parts)) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, data: bytes | pa.Buffer, *parts: str) -> None:
+        """Write a file so that a reader sees the old content or the new one, never a part.
+
+        A local file is written beside its place under a hidden name, synced and renamed; an object store makes an
+        object visible only once it is complete.
+        """
+        path = self.path(*parts)
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    def check_writable(self) -> None:
+        """Raise `UserError` unless a file can be written here."""
+        try:
+            self.fs.create_dir(self.root, recursive=True)
+            self.write_bytes(b"", ".writable")
+            self.fs.delete_file(self.path(".writable"))
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--storage {self.uri} cannot be written ({reason}); name a folder that can be") from error
+
+
+def open_storage(uri: str) -> Storage:
+    """Open `uri`, a local path or a URI; raises `UserError` if it is a file or nothing that pyarrow knows.
+
+    Nothing is created: see `Storage.check_writable`.
+    """
+    if "://" not in uri:
+        path = Path(uri).expanduser().absolute()
+        parents = [path, *path.parents]
+        blocked = next((str(parent) for parent in parents if parent.exists() and not parent.is_dir()), None)
+        if blocked is not None:
+            raise UserError(f"--storage {uri} cannot be a folder, {blocked} is a file; name another folder")
+        return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path))
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--storage {uri} cannot be opened ({reason}); use a path, or a URI such as s3://..."
+        ) from error
+    root = root.rstrip("/")
+    if filesystem.get_file_info(root).type == pafs.FileType.File:
+        raise UserError(f"--storage {uri} is a file; name a folder")
+    return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)

@@ -1,0 +1,187 @@
+"""What runs on every worker of Ray Train: pull the shard, wrap in DDP, train, report, checkpoint, resume."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fashion import data, fit, loop
+from fashion.cluster import quieten
+from fashion.config import TrainConfig
+from fashion.progress import StepCounter
+
+STREAM_BUFFER_ROWS = 8192
+
+
+def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train one run to its end on this rank; return what only the workers know.
+
+    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `cuts` (per split),
+    and `show_bar`. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
+    """
+    config = TrainConfig.from_dict(settings["config"])
+    quieten()
+    # Ray leaves a worker one thread unless told otherwise.
+    torch.set_num_threads(settings["threads"])
+    context = ray.train.get_context()
+    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    rows = open_rows(config, settings, rank)
+    check_equal_steps(config, rows, rank)
+    run = fit.Run(config, rows, rank, wrap)
+    resumed_from = restore_latest(run)
+    steps = StepCounter(context.get_experiment_name(), run.steps)
+    for metrics in run.epochs(steps if settings["show_bar"] and rank.rank == 0 else run.ignore_step):
+        report(run, metrics)
+    return {
+        "history": run.history,
+        "world_size": rank.world_size,
+        "device": torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else "cpu",
+        "precision": run.precision,
+        "threads_per_worker": torch.get_num_threads(),
+        "peak_memory_bytes": largest(fit.peak_memory_bytes()),
+        "resumed_from": resumed_from,
+    }
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """Return `model` under DDP if there is more than one worker. Its only buffers are constants, so none are sent."""
+    options = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
+    prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
+    return prepared
+
+
+def restore_latest(run: fit.Run) -> int | None:
+    """Continue from the latest checkpoint if there is one; return the epoch that it was made after."""
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        return None
+    with latest.as_directory() as folder:
+        run.restore(Path(folder))
+    return run.epochs_done
+
+
+def report(run: fit.Run, metrics: dict[str, float]) -> None:
+    """Hand the epoch to Ray Train; it is a barrier, so every rank calls it. Rank 0 brings the checkpoint."""
+    scored = metrics | {"checkpoint_score": fit.checkpoint_score(metrics)}
+    with ExitStack() as stack:
+        checkpoint = None
+        if run.rank.rank == 0:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            run.save(Path(folder))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=f"epoch-{run.epochs_done:04d}")
+
+
+def largest(value: int) -> int:
+    """Return the largest `value` over the ranks."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> None:
+    """Make sure that all ranks take the same number of steps: with unequal ones DDP would wait for ever at the end."""
+    steps = config.steps_per_epoch(rows.num_train_rows)
+    assert (largest(steps), -largest(-steps)) == (steps, steps), "ranks would take unequal numbers of steps"
+    assert config.global_batch_size % rank.world_size == 0, (config.global_batch_size, rank.world_size)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Rows:
+    """Pull this rank's val rows, and its training rows or the means to stream them."""
+    cuts: dict[str, list[int]] = settings["cuts"]
+    num_train_rows = cuts["train"][-1]
+    num_steps = config.steps_per_epoch(num_train_rows)
+    train_batches: Callable[[int], Iterator[loop.Batch]]
+    if config.data_mode == "streaming":
+        train_batches = streaming_batches(config, rank, num_steps)
+    else:
+        images, labels = pull_shard("train", cuts["train"], rank)
+        train_batches = fit.resident_batches(config, images, labels, rank, num_steps)
+    return fit.Rows(
+        train_batches=train_batches,
+        val=pull_shard("val", cuts["val"], rank),
+        num_train_rows=num_train_rows,
+        num_val_rows=cuts["val"][-1],
+        pixel_mean=settings["pixel_mean"],
+        pixel_std=settings["pixel_std"],
+    )
+
+
+def pull_shard(split: str, cuts: list[int], rank: fit.Rank) -> loop.Batch:
+    """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
+    tables: list[pa.Table] = []
+    for piece in data.pieces_of_shard(cuts, rank.rank, rank.world_size):
+        shard = ray.train.get_dataset_shard(f"{split}-{piece}")
+        tables.extend(as_tables(shard.iter_batches(batch_size=None, batch_format="pyarrow")))
+    rows = data.from_table(pa.concat_tables(tables) if tables else data.SCHEMA.empty_table())
+    start, stop = data.shard_bounds(cuts[-1], rank.rank, rank.world_size)
+    assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
+    return to_tensors(rows, rank.device)
+
+
+def as_tables(batches: Iterable[Any]) -> Iterator[pa.Table]:
+    """Yield Ray's batches as tables of `data.SCHEMA`, without the metadata that Ray adds."""
+    for batch in batches:
+        yield batch.select(data.SCHEMA.names).cast(data.SCHEMA)
+
+
+def to_tensors(rows: data.Split, device: torch.device) -> loop.Batch:
+    """Copy rows to `device` as images (N, 1, 28, 28) uint8 and labels (N,) int64."""
+    images = torch.from_numpy(np.array(rows.images)).unsqueeze(1)
+    return images.to(device), torch.from_numpy(rows.labels.astype(np.int64)).to(device)
+
+
+def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Callable[[int], Iterator[loop.Batch]]:
+    """Return `train_batches(epoch)` for rows that do not fit: read anew in each epoch, shuffled within a buffer.
+
+    Ray's local shuffle buffer is not used: it yields short batches in mid-stream, and ranks with unequal steps hang.
+    """
+    shard = ray.train.get_dataset_shard("train")
+    batch_size = config.global_batch_size // rank.world_size
+    augmentation = loop.Augmentation(config.flip, config.shift)
+
+    def train_batches(epoch: int) -> Iterator[loop.Batch]:
+        generator = torch.Generator().manual_seed(loop.stream_seed(config.seed, epoch, rank.rank, 0))
+        tables = as_tables(shard.iter_batches(batch_size=STREAM_BUFFER_ROWS, batch_format="pyarrow"))
+        steps = 0
+        for images, labels, index in resliced(tables, batch_size, generator):
+            if steps == num_steps:
+                break
+            steps += 1
+            images, labels = images.to(rank.device), labels.to(rank.device)
+            yield augmentation.apply(images, index, seed=config.seed, epoch=epoch, generator=generator), labels
+        assert steps == num_steps, (steps, num_steps)
+
+    return train_batches
+
+
+def resliced(
+    tables: Iterable[pa.Table], batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield whole batches (images, labels, index) of rows shuffled within each table; a remainder joins the next."""
+    rest: tuple[Tensor, ...] | None = None
+    for table in tables:
+        split = data.from_table(table)
+        images, labels = to_tensors(split, torch.device("cpu"))
+        fresh: tuple[Tensor, ...] = (images, labels, torch.from_numpy(split.index.astype(np.int64)))
+        rows = fresh if rest is None else tuple(torch.cat(pair) for pair in zip(rest, fresh, strict=True))
+        order = torch.randperm(len(rows[1]), generator=generator)
+        whole = len(order) // batch_size * batch_size
+        for chosen in order[:whole].view(-1, batch_size):
+            yield rows[0][chosen], rows[1][chosen], rows[2][chosen]
+        rest = tuple(column[order[whole:]] for column in rows)

@@ -1,0 +1,44 @@
+"""Evaluate a run's chosen checkpoint on a split: predictions, per-class figures and the confusion matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fashion import cli, config
+from fashion.config import ScaleConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `jobs.evaluate` takes."""
+
+    run_id: str
+    """Name of the run."""
+    storage: str = cli.DEFAULT_STORAGE
+    """Local folder or URI that holds the run."""
+    split: Literal["train", "val", "test"] = "test"
+    """Rows to classify."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, evaluate, print the figures."""
+    flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
+    config.check_run_id(flags.run_id)
+    from fashion import cluster, data, evaluation, report, summary
+    from fashion.storage import open_storage
+
+    storage = open_storage(flags.storage)
+    manifest = data.load_manifest(storage)
+    row = report.load_run(storage, flags.run_id)
+    cluster.connect()
+    plan = cluster.make_plan(TrainConfig(), flags.scale, manifest.rows["train"], manifest.rows["val"])
+    scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
+    classes = [each for each in report.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
+    summary.print_classes(classes)
+    print(f"{flags.split}: {scores.num_rows} rows, accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}")
+    print(f"reports: {storage.show(report.REPORTS_FOLDER)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""Layers point one way: which module may load what, seen from a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Heavy packages in the order in which layers may load them -> the modules that may load no later one.
+LAYERS: dict[str, list[str]] = {
+    "nothing": ["config", "cli", "synthetic", "summary", "jobs.prepare", "jobs.train", "jobs.evaluate"],
+    "pyarrow": ["storage", "data", "report"],
+    "torch": ["model", "loop", "optimizer", "checkpoint", "fit"],
+    "ray": ["cluster", "evaluation", "progress", "trainer", "worker"],
+}
+HEAVY = ("pyarrow", "torch", "ray", "torchvision", "pandas")
+
+
+def qualified(name: str) -> str:
+    return name if "." in name else f"fashion.{name}"
+
+
+def loaded_after(*layers: str) -> list[str]:
+    """Return the heavy packages that a fresh interpreter has loaded after importing all modules of `layers`."""
+    modules = [qualified(name) for layer in layers for name in LAYERS[layer]]
+    code = f"import sys, {', '.join(modules)}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.split()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the project's modules that a file imports anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("fashion", "jobs")}
+
+
+def test_a_layer_loads_only_what_it_may() -> None:
+    assert loaded_after("nothing") == []
+    assert loaded_after("nothing", "pyarrow") == ["pyarrow"]
+    assert loaded_after("nothing", "pyarrow", "torch") == ["pyarrow", "torch"]
+
+
+def test_every_module_has_its_layer() -> None:
+    modules = {path.stem for path in (ROOT / "fashion").glob("*.py")} - {"__init__"}
+    assert modules == {name for names in LAYERS.values() for name in names if "." not in name}
+
+
+def test_the_library_never_imports_a_job_and_jobs_never_each_other() -> None:
+    for path in [*(ROOT / "fashion").glob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        assert not {name for name in imports_of(path) if name.startswith("jobs")}, path

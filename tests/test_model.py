@@ -1,0 +1,112 @@
+"""The network: exactly the published layers, complete checkpoints, honest padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fashion.config import TrainConfig
+from fashion.fit import build_model
+from fashion.model import NUM_PARAMETERS, FashionCNN, PartialConv2d, count_parameters
+
+PUBLISHED_LAYERS = {
+    "conv1": 320,
+    "conv2": 9_248,
+    "conv3": 18_496,
+    "conv4": 73_856,
+    "conv5": 147_584,
+    "conv6": 295_168,
+    "fc1": 6_423_040,
+    "fc2": 32_832,
+    "fc3": 650,
+}
+
+
+def make(**settings: object) -> FashionCNN:
+    torch.manual_seed(0)
+    return build_model(TrainConfig(**settings), pixel_mean=0.286, pixel_std=0.353).eval()
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate", "reflect", "partial"])
+def test_parameters_layer_by_layer(padding: str) -> None:
+    model = make(padding=padding)
+    assert {name: count_parameters(getattr(model, name)) for name in PUBLISHED_LAYERS} == PUBLISHED_LAYERS
+    assert count_parameters(model) == NUM_PARAMETERS == 7_001_194
+
+
+def test_raw_images_to_logits() -> None:
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    logits = make()(images)
+    assert logits.shape == (3, 10)
+    assert logits.dtype == torch.float32
+
+
+def test_shapes_inside() -> None:
+    shapes = {}
+    model = make()
+    for name in PUBLISHED_LAYERS:
+        getattr(model, name).register_forward_hook(
+            lambda _m, _i, out, name=name: shapes.__setitem__(name, tuple(out.shape[1:]))
+        )
+    model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    assert shapes["conv3"] == (64, 28, 28)
+    assert shapes["conv4"] == (128, 14, 14)
+    assert shapes["conv6"] == (256, 14, 14)
+    assert [shapes[name] for name in ("fc1", "fc2", "fc3")] == [(512,), (64,), (10,)]
+
+
+def test_normalisation_is_inside_and_saved() -> None:
+    model = make()
+    assert {"pixel_mean", "pixel_std"} <= set(model.state_dict())
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    seen = []
+    model.conv1.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
+    model(images)
+    assert torch.allclose(seen[0], (images / 255 - 0.286) / 0.353)
+
+
+@pytest.mark.parametrize("init", ["torch", "glorot", "he"])
+def test_loss_at_the_start_is_that_of_a_guess(init: str) -> None:
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(64) % 10
+    loss = F.cross_entropy(make(init=init)(images), labels).item()
+    assert loss == pytest.approx(2.303, abs=0.6)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = make(dropout_conv=0.3, dropout_fc=0.3)
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_partial_padding_rescales_by_the_share_of_valid_taps() -> None:
+    layer = PartialConv2d(1, 1, 5)
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(0.5)
+    # A constant image: a mean over the valid taps is the same everywhere, so no border shows.
+    output = layer(torch.full((1, 1, 5, 5), 2.0))
+    assert torch.allclose(output, torch.full((1, 1, 5, 5), 18.5))
+    assert layer.ratio[0, 0, 0, 0].item() == pytest.approx(9 / 4)
+    assert layer.ratio[0, 0, 0, 2].item() == pytest.approx(9 / 6)
+    assert "ratio" not in layer.state_dict()
+
+
+def test_partial_padding_equals_its_definition() -> None:
+    torch.manual_seed(1)
+    layer = PartialConv2d(3, 4, 6)
+    x = torch.randn(2, 3, 6, 6)
+    mask = F.conv2d(torch.ones(1, 1, 6, 6), torch.ones(1, 1, 3, 3), padding=1)
+    assert layer.bias is not None
+    expected = F.conv2d(x, layer.weight, padding=1) * 9 / mask + layer.bias.view(1, -1, 1, 1)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_paddings_differ_only_near_the_border() -> None:
+    zeros, reflect = make(padding="zeros"), make(padding="reflect")
+    x = torch.randn(1, 1, 28, 28)
+    difference = (zeros.conv1(x) - reflect.conv1(x)).abs().amax((0, 1))
+    assert difference[1:-1, 1:-1].max() < 1e-5
+    assert difference[0].max() > 1e-3
