@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -27,16 +27,12 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
     A wrong or missing flag becomes a `UserError` of one line; `--help` prints and exits with 0.
     """
     complaint = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    flat = (tyro.conf.OmitArgPrefixes,)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
-                args=list(argv),
-                prog=prog,
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-                **({} if default is None else {"default": default}),
-            )
+            parsed: T = tyro.cli(kind, args=list(argv), prog=prog, description=description, config=flat, **options)
+            return parsed
     except SystemExit as stop:
         if stop.code == 0:
             raise

@@ -9,7 +9,9 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
 
+from fashion import loop
 from fashion.config import ScaleConfig, TrainConfig, UserError, require
 
 # Ray Train polls its workers this often (default 2 s), which would cap a run at one report per two seconds.
@@ -44,6 +46,8 @@ def quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns that the bars are off, as was asked.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def provide_token() -> None:
@@ -125,8 +129,17 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, num_train_rows: int, num_
         num_val_rows=num_val_rows,
         steps_per_epoch=config.steps_per_epoch(rows),
         epochs=config.epochs,
-        precision=config.precision,
+        precision=describe_precision(config.precision, use_gpu),
         cluster_cpus=cpus,
         cluster_gpus=gpus,
         num_nodes=len([node for node in ray.nodes() if node["Alive"]]),
     )
+
+
+def describe_precision(precision: str, use_gpu: bool) -> str:
+    """Return what `precision` comes to, in words; the workers settle it together once they run."""
+    if precision != "auto":
+        return precision
+    if use_gpu:
+        return "auto: bf16 on GPUs of capability 8.0 or more, else fp32"
+    return f"auto: {loop.resolve_precision('auto', torch.device('cpu'))} on a CPU like this one"

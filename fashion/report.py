@@ -6,6 +6,7 @@ writer. Knows neither Ray nor torch.
 
 import functools
 import hashlib
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -18,11 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError
+from fashion.config import CLASS_NAMES, NUM_CLASSES, TrainConfig, UserError, require
 from fashion.storage import Storage
 
 SCHEMA_VERSION = 1
 REPORTS_FOLDER = "reports"
+RUNS_FOLDER = "runs"
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -101,6 +103,25 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("support", pa.int64()),
         ]
     ),
+    "bench": pa.schema(
+        [
+            ("row", pa.string()),  # letter and name, as b_job_vs_step
+            ("ours", pa.float64()),  # medians over the repeats, in `unit`
+            ("reference", pa.float64()),
+            ("unit", pa.string()),
+            ("ratio", pa.float64()),  # median of the repeats' own ratios, ours / reference
+            ("ratio_min", pa.float64()),
+            ("ratio_max", pa.float64()),
+            ("repeats", pa.int32()),
+            ("target", pa.float64()),
+            ("met", pa.bool_()),
+            ("hardware", pa.string()),
+            ("threads", pa.int32()),
+            ("torch_version", pa.string()),
+            ("ray_version", pa.string()),
+            ("source_hash", pa.string()),
+        ]
+    ),
     "confusion": pa.schema(
         [("split", pa.string()), ("label", pa.uint8()), ("predicted", pa.uint8()), ("count", pa.int64())]
     ),
@@ -160,7 +181,40 @@ def list_runs(storage: Storage) -> list[str]:
     return sorted(info.base_name.removeprefix("run_id=") for info in storage.fs.get_file_info(selector))
 
 
-# --- rows of an evaluation ----------------------------------------------------------------------------------------------
+def config_json(config: TrainConfig) -> str:
+    """Return the settings as the `runs` table keeps them."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def stored_config(storage: Storage, run_id: str) -> TrainConfig:
+    """Return the settings that a run was started with; raises `UserError` if it does not exist."""
+    return TrainConfig.from_dict(json.loads(load_run(storage, run_id)["config_json"]))
+
+
+def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
+    """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
+    stored = stored_config(storage, run_id).to_dict()
+    asked = config.to_dict()
+    differing = [
+        f"--{name.replace('_', '-')} {asked[name]} (was {stored[name]})"
+        for name in stored
+        if asked[name] != stored[name]
+    ]
+    require(
+        not differing,
+        f"--resume {run_id} was given other settings: {', '.join(differing)}; leave them out, or start a new run",
+    )
+
+
+def check_new_run(storage: Storage, run_id: str) -> None:
+    """Raise `UserError` if a run of that id has left anything in the storage."""
+    taken = find_run(storage, run_id) is not None or storage.exists(RUNS_FOLDER, run_id)
+    require(
+        not taken, f"--run-id {run_id} exists already in {storage.uri}; add --resume to continue it, or name another"
+    )
+
+
+# --- rows of an evaluation ------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(labels: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> NDArray[np.int64]:

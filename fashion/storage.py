@@ -1,6 +1,7 @@
 """Where files live: a local folder or any URI that `pyarrow.fs` opens. Files appear whole or not at all."""
 
 import os
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,15 @@ class Storage:
                 os.remove(temporary)
 
     def check_writable(self) -> None:
-        """Raise `UserError` unless a file can be written here."""
+        """Raise `UserError` unless a file can be written here; leaves nothing behind, not even a folder."""
         try:
-            self.fs.create_dir(self.root, recursive=True)
-            self.write_bytes(b"", ".writable")
-            self.fs.delete_file(self.path(".writable"))
+            if isinstance(self.fs, pafs.LocalFileSystem):
+                path = Path(self.root)
+                existing = next(parent for parent in (path, *path.parents) if parent.is_dir())
+                tempfile.TemporaryFile(dir=existing).close()
+            else:
+                self.write_bytes(b"", ".writable")
+                self.fs.delete_file(self.path(".writable"))
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--storage {self.uri} cannot be written ({reason}); name a folder that can be") from error

@@ -54,3 +54,15 @@ def print_classes(classes: list[dict[str, Any]]) -> None:
         figures = [f"{row[name]:.4f}" for name in ("precision", "recall", "f1")]
         table.add_row(row["name"], *figures, str(row["support"]))
     Console(width=100).print(table)
+
+
+def print_bench(rows: list[dict[str, Any]]) -> None:
+    """Print the `bench` rows as a table."""
+    table = Table()
+    for name in ("row", "ours", "reference", "unit", "ratio (min to max)", "target", "met"):
+        table.add_column(name, justify="left" if name in ("row", "unit") else "right")
+    for row in rows:
+        spread = f"{row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f}, n={row['repeats']})"
+        sides = (f"{row['ours']:.1f}", f"{row['reference']:.1f}")
+        table.add_row(row["row"], *sides, row["unit"], spread, f"{row['target']:g}", "yes" if row["met"] else "no")
+    Console(width=120).print(table)

@@ -85,7 +85,8 @@ BAG_RANGES: Ranges = {
 def between(rng: np.random.Generator, rows: int, low: float, high: float) -> Field:
     """Draw (rows, 1, 1) float32 numbers from `low` to `high`, the middle likeliest (sum of two uniforms)."""
     u = rng.random((2, rows, 1, 1), dtype=np.float32)
-    return low + 0.5 * (high - low) * (u[0] + u[1])
+    drawn: Field = low + 0.5 * (high - low) * (u[0] + u[1])
+    return drawn
 
 
 def clip01(values: Field) -> Field:
@@ -100,7 +101,8 @@ def line(distance: Field, half_width: float) -> Field:
 
 def wave(phase: Field) -> Field:
     """Return a triangle wave of period 1 between -1 and 1."""
-    return np.abs(phase - np.floor(phase) - 0.5) * 4 - 1
+    turned: Field = np.abs(phase - np.floor(phase) - 0.5) * 4 - 1
+    return turned
 
 
 # --- garments -----------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def texture(rng: np.random.Generator, rows: int, x: Field, y: Field) -> Field:
     across = strength * ((kind == 4) | (kind == 6))
     along = strength * ((kind == 5) | (kind == 6))
     blotches = between(rng, rows, 0.0, 0.25) + strength * (kind == 7)
-    pattern = across * wave(y * between(rng, rows, 1.2, 4.2) + between(rng, rows, 0, 1))
+    pattern: Field = across * wave(y * between(rng, rows, 1.2, 4.2) + between(rng, rows, 0, 1))
     pattern += along * wave(x * between(rng, rows, 1.2, 4.2) + between(rng, rows, 0, 1))
     pattern += blotches * smooth_noise(rng, rows, knots=7)
     return pattern

@@ -1,6 +1,5 @@
 """One training run from start to report: build and fit the `TorchTrainer`, choose the checkpoint, write the rows."""
 
-import json
 import secrets
 import sys
 import time
@@ -15,13 +14,12 @@ from ray.train.torch import TorchTrainer
 
 from fashion import cluster, data, evaluation, report
 from fashion.cluster import Plan
-from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.config import ScaleConfig, TrainConfig
 from fashion.model import NUM_PARAMETERS
 from fashion.progress import EpochsWriter, Watcher
 from fashion.storage import Storage
 from fashion.worker import train_loop_per_worker
 
-RUNS_FOLDER = "runs"
 CHECKPOINTS_TO_KEEP = 1
 
 
@@ -44,62 +42,32 @@ def new_run_id(preset: str) -> str:
     return f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def config_json(config: TrainConfig) -> str:
-    """Return the settings as the `runs` table keeps them."""
-    return json.dumps(config.to_dict(), sort_keys=True)
-
-
-def stored_config(storage: Storage, run_id: str) -> TrainConfig:
-    """Return the settings that a run was started with; raises `UserError` if it does not exist."""
-    return TrainConfig.from_dict(json.loads(report.load_run(storage, run_id)["config_json"]))
-
-
-def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
-    """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
-    stored = stored_config(storage, run_id).to_dict()
-    asked = config.to_dict()
-    differing = [
-        f"--{name.replace('_', '-')} {asked[name]} (was {stored[name]})"
-        for name in stored
-        if asked[name] != stored[name]
-    ]
-    require(
-        not differing,
-        f"--resume {run_id} was given other settings: {', '.join(differing)}; leave them out, or start a new run",
-    )
-
-
-def check_new_run(storage: Storage, run_id: str) -> None:
-    """Raise `UserError` if a run of that id has left anything in the storage."""
-    taken = report.find_run(storage, run_id) is not None or storage.exists(RUNS_FOLDER, run_id)
-    require(
-        not taken, f"--run-id {run_id} exists already in {storage.uri}; add --resume to continue it, or name another"
-    )
-
-
 def train(
     storage: Storage,
     run_id: str,
     config: TrainConfig,
     scale: ScaleConfig,
     *,
+    source: str = "auto",
     resume: bool = False,
     announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Finished:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
-    Needs prepared data and a connected Ray. `announce` is given the plan before anything starts. Raises `UserError`
-    for what the user can mend and `RunFailed` for a run that failed; the reports say the same.
+    Prepares the data from `source` if the storage holds none, and connects to Ray. `announce` is given the plan before
+    anything starts. Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports
+    say the same.
     """
-    manifest = data.load_manifest(storage)
     scale.check_batch(config.global_batch_size)
     if resume:
-        check_same_config(storage, run_id, config)
+        report.check_same_config(storage, run_id, config)
         row = report.load_run(storage, run_id)
         if row["status"] == "completed":
             return Finished(run_id, row, result_paths(storage, run_id, row), was_finished=True)
     else:
-        check_new_run(storage, run_id)
+        report.check_new_run(storage, run_id)
+    manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
+    cluster.connect()
     plan = cluster.make_plan(config, scale, manifest.rows["train"], manifest.rows["val"])
     announce(plan)
     storage.check_writable()
@@ -127,7 +95,7 @@ def begin_row(storage: Storage, run_id: str, config: TrainConfig, manifest: data
         "dataset_sha256": manifest.sha256,
         "source_hash": report.source_hash(),
         "preset": config.preset,
-        "config_json": config_json(config),
+        "config_json": report.config_json(config),
         "num_parameters": NUM_PARAMETERS,
         "data_mode": config.data_mode,
         "hardware": report.hardware(),
@@ -164,7 +132,32 @@ def build_trainer(
         "train": data.cut_points(plan.num_train_rows, *plan.num_workers),
         "val": data.cut_points(plan.num_val_rows, *plan.num_workers),
     }
-    settings = {
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config=worker_settings(config, plan, manifest, cuts),
+        datasets=open_datasets(storage, manifest, config, cuts),
+        # Only a streamed train set is split by Ray; everything else is cut by row number beforehand.
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"] if config.data_mode == "streaming" else []),
+        scaling_config=scaling_config(plan),
+        run_config=ray.train.RunConfig(
+            name=run_id,
+            storage_path=storage.show(report.RUNS_FOLDER),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=CHECKPOINTS_TO_KEEP, checkpoint_score_attribute="checkpoint_score"
+            ),
+            # With an elastic width, a lost worker or node costs the epochs since the last checkpoint, not the run.
+            failure_config=ray.train.FailureConfig(max_failures=0 if plan.num_workers[0] == plan.num_workers[1] else 3),
+            callbacks=[EpochsWriter(storage, run_id)],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def worker_settings(
+    config: TrainConfig, plan: Plan, manifest: data.Manifest, cuts: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Return what every worker is told; see `worker.train_loop_per_worker`."""
+    return {
         "config": config.to_dict(),
         "threads": plan.threads_per_worker,
         "pixel_mean": manifest.pixel_mean,
@@ -172,29 +165,15 @@ def build_trainer(
         "cuts": cuts,
         "show_bar": sys.stdout.isatty(),
     }
+
+
+def scaling_config(plan: Plan) -> ray.train.ScalingConfig:
+    """Return the worker group's shape in Ray's terms."""
     low, high = plan.num_workers
-    return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config=settings,
-        datasets=open_datasets(storage, manifest, config, cuts),
-        # Only a streamed train set is split by Ray; everything else is cut by row number beforehand.
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"] if config.data_mode == "streaming" else []),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=high if low == high else (low, high),
-            use_gpu=plan.use_gpu,
-            resources_per_worker=plan.resources_per_worker(),
-        ),
-        run_config=ray.train.RunConfig(
-            name=run_id,
-            storage_path=storage.show(RUNS_FOLDER),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=CHECKPOINTS_TO_KEEP, checkpoint_score_attribute="checkpoint_score"
-            ),
-            # A lost worker or node costs the epochs since the last checkpoint, not the run.
-            failure_config=ray.train.FailureConfig(max_failures=0 if low == high else 3),
-            callbacks=[EpochsWriter(storage, run_id)],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
+    return ray.train.ScalingConfig(
+        num_workers=high if low == high else (low, high),
+        use_gpu=plan.use_gpu,
+        resources_per_worker=plan.resources_per_worker(),
     )
 
 
@@ -226,7 +205,7 @@ def outcome_columns(storage: Storage, run_id: str, result: ray.train.Result) -> 
     name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
     return summarise(told["history"], int(best["epoch"])) | {
         "status": "completed",
-        "checkpoint": f"{RUNS_FOLDER}/{run_id}/{name}",
+        "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
         **{key: told[key] for key in ("world_size", "device", "precision", "threads_per_worker")},
         **{key: told[key] for key in ("peak_memory_bytes", "resumed_from")},
     }

@@ -1,5 +1,6 @@
 """What runs on every worker of Ray Train: pull the shard, wrap in DDP, train, report, checkpoint, resume."""
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -28,17 +29,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `cuts` (per split),
     and `show_bar`. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
     """
-    config = TrainConfig.from_dict(settings["config"])
-    quieten()
-    # Ray leaves a worker one thread unless told otherwise.
-    torch.set_num_threads(settings["threads"])
-    context = ray.train.get_context()
-    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank)
-    check_equal_steps(config, rows, rank)
-    run = fit.Run(config, rows, rank, wrap)
+    run = start_run(settings)
+    rank = run.rank
     resumed_from = restore_latest(run)
-    steps = StepCounter(context.get_experiment_name(), run.steps)
+    steps = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
     for metrics in run.epochs(steps if settings["show_bar"] and rank.rank == 0 else run.ignore_step):
         report(run, metrics)
     return {
@@ -50,6 +44,32 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": largest(fit.peak_memory_bytes()),
         "resumed_from": resumed_from,
     }
+
+
+def start_run(settings: dict[str, Any]) -> fit.Run:
+    """Set this process up and return the run at its very start, rows pulled and the network under DDP."""
+    config = TrainConfig.from_dict(settings["config"])
+    quieten()
+    keep_freed_memory()
+    # Ray leaves a worker one thread unless told otherwise.
+    torch.set_num_threads(settings["threads"])
+    context = ray.train.get_context()
+    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    rows = open_rows(config, settings, rank)
+    check_equal_steps(config, rows, rank)
+    return fit.Run(config, rows, rank, wrap)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for reuse.
+
+    By default it hands every large activation back to the kernel and faults it in again in the next step: 6 % of a
+    step's time on two Zen 3 cores. The numbers are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)
+        mallopt(-1, (1 << 31) - 1)
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -26,31 +26,27 @@ class Flags:
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
+    def __post_init__(self) -> None:
+        if self.run_id:
+            config.check_run_id(self.run_id)
+        self.scale.check_batch(self.train.global_batch_size)
+
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print the result."""
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=starting_point(argv))
-    flags.scale.check_batch(flags.train.global_batch_size)
-    from fashion import cluster, data, summary, trainer
+    from fashion import summary, trainer
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
     run_id = flags.run_id or trainer.new_run_id(flags.train.preset)
-    config.check_run_id(run_id)
-    if flags.resume:
-        trainer.check_same_config(storage, run_id, flags.train)
-    else:
-        trainer.check_new_run(storage, run_id)
-    if data.find_manifest(storage) is None:
-        print(f"preparing data from {flags.source}")
-        data.prepare(storage, flags.source)
-    cluster.connect()
     try:
         done = trainer.train(
             storage,
             run_id,
             flags.train,
             flags.scale,
+            source=flags.source,
             resume=flags.resume,
             announce=lambda plan: summary.print_plan(run_id, storage.uri, plan),
         )
@@ -67,11 +63,11 @@ def starting_point(argv: Sequence[str]) -> Flags:
         return Flags(train=config.preset(early["--preset"] or "default"))
     if not early["--run-id"]:
         raise UserError("--resume needs --run-id with the name of the run to continue")
-    from fashion import trainer
+    from fashion import report
     from fashion.storage import open_storage
 
     storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-    stored = trainer.stored_config(storage, early["--run-id"])
+    stored = report.stored_config(storage, early["--run-id"])
     return replace(Flags(), train=stored)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures: small data in place of the real one for unit tests, one Ray cluster for the whole session, the real data."""
+"""Fixtures: small data for unit tests, one Ray cluster for the whole session, the real data where it is."""
 
 import os
 import subprocess

@@ -79,6 +79,7 @@ def _prepare(arguments: tuple[str, str, dict[str, str]]) -> str:
     return data.prepare(open_storage(uri), source, val_rows=300)[0].sha256
 
 
+@pytest.mark.commands
 def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> None:
     task = (storage.uri, str(lenient), dict(data.ARCHIVES))
     with multiprocessing.get_context("spawn").Pool(2) as pool:

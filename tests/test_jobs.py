@@ -9,8 +9,10 @@ from conftest import run_job
 from fashion import report
 from fashion.storage import Storage, open_storage
 
+pytestmark = pytest.mark.commands
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate"])
+
+@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "bench"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times = []
     for _ in range(3):
@@ -70,7 +72,7 @@ def test_storage_that_is_a_file_or_read_only(tmp_path: Path) -> None:
 
 def test_without_a_source_both_ways_out_are_named(tmp_path: Path) -> None:
     """A proxy that refuses everything stands for a machine without a network."""
-    refused = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    refused = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     done = run_job("jobs.prepare", "--storage", str(tmp_path), "--source", "download", **refused, no_proxy="")
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -82,9 +84,9 @@ def test_without_a_source_both_ways_out_are_named(tmp_path: Path) -> None:
 @pytest.fixture
 def finished(storage: Storage) -> Storage:
     """A storage whose reports hold a finished run."""
-    from fashion import config, trainer
+    from fashion import config
 
-    row = {"status": "completed", "config_json": trainer.config_json(config.preset("smoke")), "checkpoint": "x"}
+    row = {"status": "completed", "config_json": report.config_json(config.preset("smoke")), "checkpoint": "x"}
     report.write_table(storage, "runs", "done", [row])
     return storage
 

@@ -5,14 +5,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.commands
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Heavy packages in the order in which layers may load them -> the modules that may load no later one.
 LAYERS: dict[str, list[str]] = {
-    "nothing": ["config", "cli", "synthetic", "summary", "jobs.prepare", "jobs.train", "jobs.evaluate"],
+    "nothing": [
+        "config",
+        "cli",
+        "synthetic",
+        "summary",
+        "head",
+        "jobs.prepare",
+        "jobs.train",
+        "jobs.evaluate",
+        "jobs.bench",
+    ],
     "pyarrow": ["storage", "data", "report"],
     "torch": ["model", "loop", "optimizer", "checkpoint", "fit"],
-    "ray": ["cluster", "evaluation", "progress", "trainer", "worker"],
+    "ray": ["bench", "cluster", "evaluation", "progress", "trainer", "worker"],
 }
 HEAVY = ("pyarrow", "torch", "ray", "torchvision", "pandas")
 

@@ -16,10 +16,10 @@ from fashion.config import UserError
 from fashion.storage import Storage
 
 DESIGNED = {
-    "runs": "run_id kind search_id status error started_at finished_at wall_s dataset dataset_sha256 source_hash preset "
-    "config_json num_parameters world_size device precision threads_per_worker epochs_done best_epoch train_loss "
-    "train_accuracy val_loss val_accuracy test_loss test_accuracy test_rows images_per_s ray_version torch_version "
-    "resumed_from",
+    "runs": "run_id kind search_id status error started_at finished_at wall_s dataset dataset_sha256 source_hash "
+    "preset config_json num_parameters world_size device precision threads_per_worker epochs_done best_epoch "
+    "train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy test_rows images_per_s ray_version "
+    "torch_version resumed_from",
     "epochs": "run_id epoch split loss accuracy rows lr epoch_time_s data_wait_s images_per_s",
     "predictions": "run_id index label predicted probabilities loss",
     "classes": "run_id label name precision recall f1 support",
@@ -97,7 +97,7 @@ def test_a_run_that_is_not_there_is_named_with_those_that_are(storage: Storage) 
     with pytest.raises(UserError, match="there are none yet"):
         report.load_run(storage, "x")
     report.write_table(storage, "runs", "a", [{"status": "running"}])
-    with pytest.raises(UserError, match="--run-id x does not exist .* there are a"):
+    with pytest.raises(UserError, match=r"--run-id x does not exist .* there are a"):
         report.load_run(storage, "x")
     assert report.load_run(storage, "a")["status"] == "running"
 

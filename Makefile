@@ -1,0 +1,84 @@
+# Every target sets up what it needs by itself: Python 3.11+ and make are enough.
+# Variables override, for example: make train EPOCHS=3 NUM_WORKERS=4 RUN_ID=mine
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+STORAGE ?= $(or $(FASHION_STORAGE),results)
+PRESET ?= default
+NUM_WORKERS ?= 2
+RUN_ID ?= $(PRESET)-$(shell date -u +%Y%m%d-%H%M%S)
+SPLIT ?= test
+ARGS ?=
+
+UV_VERSION := 0.13.9
+RUN := .venv/bin/python -m
+# Runs under make start a cluster of their own here; submitted jobs join the one of `make up`.
+export RAY_ADDRESS ?= local
+
+# A storage is a URI or a path; a submitted job runs in another folder, so it is given the path in full.
+storage := $(if $(findstring ://,$(STORAGE)),$(STORAGE),$(abspath $(STORAGE)))
+flag = $(if $($(1)),--$(2) $($(1)))
+train_flags = --storage $(storage) --preset $(PRESET) --num-workers $(NUM_WORKERS) --run-id $(RUN_ID) \
+	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
+	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
+	$(call flag,USE_GPU,use-gpu) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
+
+.PHONY: help setup quickstart prepare train evaluate test check fmt up submit-train down clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## Make the virtual environment from the lock file
+
+.venv/.installed: uv.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11; name another, as in: make setup PYTHON=python3.12" >&2; exit 2; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@uv=$$(command -v uv) || { .venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION) && \
+		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --python .venv/bin/python
+	@touch $@
+
+quickstart: setup ## Data, one epoch with two workers, evaluation: about five minutes on two cores
+	@$(RUN) jobs.prepare --storage $(storage) || { \
+		test -z "$$FASHION_MNIST_SOURCE" || exit 2; \
+		echo; echo "*** No real data to be had: going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***"; \
+		echo; $(RUN) jobs.prepare --storage $(storage) --source synthetic; }
+	@$(MAKE) --no-print-directory train evaluate EPOCHS=1 SPLIT=val RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S)
+
+prepare: setup ## Fetch, verify, split and write the data, once
+	@$(RUN) jobs.prepare --storage $(storage) $(ARGS)
+
+train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
+	@$(RUN) jobs.train $(train_flags)
+
+evaluate: setup ## Evaluate RUN_ID on SPLIT
+	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) --num-workers $(NUM_WORKERS)
+
+test: setup ## Run all tests: first those without Ray
+	@.venv/bin/python -m pytest -m "not commands and not ray and not cluster"
+	@.venv/bin/python -m pytest -m "commands or ray or cluster"
+
+check: setup ## Lint, format check, types; writes nothing
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+fmt: setup ## Format and mend what the linter can
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+up: setup ## Start a head node here: token authentication on, dashboard on 127.0.0.1
+	@$(RUN) fashion.head up
+
+submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow it, exit with its status
+	@$(RUN) fashion.head submit jobs.train $(train_flags) $(if $(FASHION_MNIST_SOURCE),--source $(abspath $(FASHION_MNIST_SOURCE)))
+
+down: setup ## Stop what `make up` started, and nothing else
+	@$(RUN) fashion.head down
+
+clean: ## Delete what the project made here, results apart
+	@if [ -d .ray ] && [ -x .venv/bin/python ]; then $(RUN) fashion.head down; fi
+	rm -rf .venv .ray .mypy_cache .pytest_cache .ruff_cache fashion/__pycache__ jobs/__pycache__ tests/__pycache__

@@ -1,0 +1,200 @@
+"""Runs on Ray: every row counted for any number of workers, the same bits for the same seed, honest failures."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, real_source
+from torch import Tensor
+
+from fashion import checkpoint, cluster, data, evaluation, report, trainer
+from fashion.config import ScaleConfig, TrainConfig, UserError
+from fashion.storage import Storage, open_storage
+
+pytestmark = pytest.mark.ray
+
+# 84 divides by 1, 2, 3 and 7; 254 rows make three steps and leave two rows over.
+TINY = TrainConfig(preset="smoke", epochs=1, max_train_rows=254, global_batch_size=84)
+TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """Real data where it can be had, with a val that is small and divides by no number of workers."""
+    storage = open_storage(str(tmp_path_factory.mktemp("train")))
+    data.prepare(storage, real_source(), val_rows=1001)
+    return storage
+
+
+@dataclass
+class Fitted:
+    """A run without its evaluation on test."""
+
+    row: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    weights: dict[str, Tensor]
+
+    def epochs_without_times(self) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in self.epochs]
+
+
+def fit(storage: Storage, run_id: str, config: TrainConfig, num_workers: int) -> Fitted:
+    """Train with `num_workers` workers; return the outcome and the weights of the chosen checkpoint."""
+    manifest = data.load_manifest(storage)
+    plan = cluster.make_plan(config, ScaleConfig(num_workers=str(num_workers)), 60_000 - 1001, 1001)
+    row = trainer.run_or_explain(storage, run_id, config, plan, manifest)
+    assert row["status"] == "completed", row
+    folder = Path(storage.path(row["checkpoint"]))
+    weights = checkpoint.load_weights(checkpoint.read(folder, checkpoint.WEIGHTS))
+    return Fitted(row, report.read_table(storage, "epochs", run_id), weights)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
+def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, storage: Storage, num_workers: int) -> None:
+    fitted = fit(storage, f"width-{num_workers}", TINY, num_workers)
+    assert fitted.row["world_size"] == num_workers
+    rows = {row["split"]: row["rows"] for row in fitted.epochs}
+    assert rows == {"train": 252, "val": 1001}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(ray_cluster: None, storage: Storage) -> None:
+    config = replace(TINY, dropout_conv=0.1, dropout_fc=0.2, flip="random", shift=2)
+    one, two = (fit(storage, f"same-{number}", config, 2) for number in (1, 2))
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
+    assert one.epochs_without_times() == two.epochs_without_times()
+    other = fit(storage, "other-seed", replace(config, seed=1), 2)
+    assert other.epochs_without_times() != one.epochs_without_times()
+
+
+def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None, storage: Storage) -> None:
+    """Each step sees all 256 rows whatever the width, so only rounding may differ."""
+    config = TrainConfig(
+        preset="smoke",
+        epochs=20,
+        max_train_rows=256,
+        global_batch_size=256,
+        optimizer="adamw",
+        lr=1e-3,
+        flip="none",
+        label_smoothing=0.0,
+        precision="fp32",
+    )
+    runs = {width: fit_last(storage, f"parity-{width}", config, width) for width in (1, 2, 4)}
+    for width in (2, 4):
+        differences = [(runs[1][name] - runs[width][name]).abs().max().item() for name in runs[1]]
+        assert max(differences) < 1e-4, (width, max(differences))
+
+
+def fit_last(storage: Storage, run_id: str, config: TrainConfig, num_workers: int) -> dict[str, Tensor]:
+    """Train; return the weights after the last step, which need not be the chosen ones."""
+    fit(storage, run_id, config, num_workers)
+    folder = Path(storage.path("runs", run_id, f"epoch-{config.epochs:04d}"))
+    return checkpoint.load_weights(checkpoint.read(folder, checkpoint.WEIGHTS))
+
+
+def test_rows_can_be_streamed(ray_cluster: None, storage: Storage) -> None:
+    fitted = fit(storage, "streamed", replace(TINY, data_mode="streaming", epochs=2), 2)
+    assert [row["rows"] for row in fitted.epochs if row["split"] == "train"] == [252, 252]
+
+
+def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storage: Storage) -> None:
+    config = replace(TINY, lr=100.0, optimizer="adamw", schedule="constant", max_train_rows=0, precision="fp32")
+    with pytest.raises(trainer.RunFailed, match=r"run wild diverged: loss is not finite at epoch 1, step \d+"):
+        trainer.train(storage, "wild", config, ScaleConfig(num_workers="2"))
+    row = report.load_run(storage, "wild")
+    assert row["status"] == "diverged"
+    assert "epoch 1, step" in row["error"]
+    assert row["checkpoint"] is None
+
+
+def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: None, storage: Storage) -> None:
+    config = replace(TINY, global_batch_size=99)
+    with pytest.raises(UserError, match=r"--num-workers 9 needs 9 CPUs \(9 x 1\) and the cluster has 8"):
+        trainer.train(storage, "wide", config, ScaleConfig(num_workers="9"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"--use-gpu yes needs 1 GPU\(s\).* the cluster has 0"):
+            trainer.train(storage, "gpu", config, ScaleConfig(num_workers="1", use_gpu="yes"))
+    assert report.find_run(storage, "wide") is None
+    assert not storage.exists("runs", "wide")
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: None, storage: Storage) -> trainer.Finished:
+    """A whole run: trained, chosen on val, evaluated on test, reported."""
+    config = TrainConfig(preset="smoke", epochs=2, max_train_rows=2048, global_batch_size=64)
+    return trainer.train(storage, "whole", config, ScaleConfig(num_workers="2"))
+
+
+def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, storage: Storage) -> None:
+    row = report.load_run(storage, "whole")
+    assert row["status"] == "completed"
+    assert row["test_rows"] == 10_000
+    assert row["num_parameters"] == 7_001_194
+    assert row["test_accuracy"] > 0.6
+    assert row["source_hash"] == report.source_hash()
+    assert None not in [row[key] for key in ("images_per_s", "precision", "peak_memory_bytes", "wall_s", "finished_at")]
+    losses = [each["loss"] for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"]
+    assert losses[-1] < losses[0]
+    predictions = report.read_table(storage, "predictions", "whole")
+    assert sorted(each["index"] for each in predictions) == list(range(10_000))
+    right = sum(each["label"] == each["predicted"] for each in predictions)
+    assert row["test_accuracy"] == right / 10_000
+    cells = report.read_table(storage, "confusion", "whole")
+    assert sum(cell["count"] for cell in cells) == 10_000
+    assert sum(cell["count"] for cell in cells if cell["label"] == cell["predicted"]) == right
+
+
+def test_training_again_under_the_same_name(trained: trainer.Finished, storage: Storage) -> None:
+    config = report.stored_config(storage, "whole")
+    with pytest.raises(UserError, match="--run-id whole exists already"):
+        trainer.train(storage, "whole", config, ScaleConfig())
+    again = trainer.train(storage, "whole", config, ScaleConfig(), resume=True)
+    assert again.was_finished
+    with pytest.raises(UserError, match=r"other settings: --lr 0.5 \(was"):
+        trainer.train(storage, "whole", replace(config, lr=0.5), ScaleConfig(), resume=True)
+
+
+def test_any_number_of_workers_evaluates_alike(trained: trainer.Finished, storage: Storage) -> None:
+    confusions = []
+    for num_workers in (1, 2, 3, 7):
+        plan = cluster.make_plan(TINY, ScaleConfig(num_workers=str(num_workers)), 60_000 - 1001, 1001)
+        scores = evaluation.evaluate_run(storage, "whole", trained.row, split="val", plan=plan)
+        assert scores.num_rows == 1001
+        rows = report.read_table(storage, "confusion", "whole")
+        confusions.append([row["count"] for row in rows if row["split"] == "val"])
+    assert all(each == confusions[0] for each in confusions)
+    assert report.load_run(storage, "whole")["val_accuracy"] == scores.accuracy, "both ways of evaluating agree"
+    splits = {row["split"] for row in report.read_table(storage, "predictions", "whole")}
+    assert splits == {"test", "val"}, "evaluating one split leaves the other's rows"
+
+
+def test_an_interrupted_run_goes_on_where_it_was(ray_cluster: None, storage: Storage) -> None:
+    """Ctrl-C after the first epoch, then --resume: the same bits as a run that nobody interrupted."""
+    config = replace(TINY, epochs=3, max_train_rows=504)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in config.to_dict().items()]
+    command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", "broken", *flags]
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not report.read_table(storage, "epochs", "broken"):
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, output
+    assert "continue with --run-id broken --resume" in output
+    assert report.load_run(storage, "broken")["status"] == "interrupted"
+    resumed = trainer.train(storage, "broken", config, ScaleConfig(num_workers="2"), resume=True)
+    assert resumed.row["resumed_from"] in (1, 2)
+    whole = fit(storage, "unbroken", config, 2)
+    folder = Path(storage.path(resumed.row["checkpoint"]))
+    weights = checkpoint.load_weights(checkpoint.read(folder, checkpoint.WEIGHTS))
+    assert all(torch.equal(weights[name], whole.weights[name]) for name in weights)
+    rows = Fitted({}, report.read_table(storage, "epochs", "broken"), {}).epochs_without_times()
+    assert rows == whole.epochs_without_times()
