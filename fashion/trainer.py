@@ -119,7 +119,8 @@ def run_or_explain(
         if status == "failed":
             print(first, file=sys.stderr)
         return {"status": status, "error": reason.removeprefix("fashion.loop.Diverged: ")}
-    except (ray.exceptions.RayActorError, KeyboardInterrupt):
+    except (ray.exceptions.RayActorError, KeyboardInterrupt, SystemExit):
+        # What reaches the driver after Ctrl-C depends on what Ray was waiting for: its own handler ends the controller.
         return {"status": "interrupted", "error": f"stopped; continue with --run-id {run_id} --resume"}
     return outcome_columns(storage, run_id, result)
 

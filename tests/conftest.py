@@ -47,13 +47,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local cluster with eight logical CPUs for all tests of the session, with token authentication."""
+    """One local cluster for all tests of the session, with token authentication.
+
+    Two logical CPUs however many there are: Ray starts a process for each one that a task could use, and seven workers
+    fit as well when each takes a fraction of a CPU.
+    """
     import ray
 
     from fashion import cluster
 
     os.environ["RAY_ADDRESS"] = "local"
-    cluster.connect(num_cpus=8)
+    cluster.connect(num_cpus=2)
     yield
     ray.shutdown()
 
