@@ -56,12 +56,12 @@ class TrainConfig:
     """How the learning rate moves within the run; one-cycle warms up, then falls along a cosine to 0."""
     warmup_fraction: float = 0.2
     """Share of the steps that a one-cycle schedule warms up for, in [0, 1)."""
-    optimizer: Literal["adam", "adamw", "muon"] = "muon"
-    """Update rule; adamw decouples the weight decay, muon adds orthogonalised steps for the convolutions."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "muon"
+    """Update rule; sgd with Nesterov momentum, adamw decouples the decay, muon orthogonalises convolutions' steps."""
     init: Literal["torch", "glorot", "he"] = "he"
     """Initial weights: torch's own, Glorot uniform (what Keras does), or He normal with a small last layer."""
     weight_decay: float = 0.01
-    """Decay per unit of learning rate (adamw) or L2 penalty (adam), >= 0."""
+    """Decay per unit of learning rate (adamw) or L2 penalty (sgd, adam), >= 0."""
     label_smoothing: float = 0.05
     """Share of the target spread evenly over the classes, in [0, 1). Reported losses are without it."""
     dropout_conv: float = 0.0

@@ -1,4 +1,4 @@
-"""Optimizers: torch's Adam and AdamW, and Muon for the convolutions with AdamW for the rest. Knows torch and config."""
+"""Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch and config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,9 +65,12 @@ class Muon(torch.optim.AdamW):
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`."""
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    whole = [{"params": list(model.parameters()), "peak_lr": config.lr}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(whole, momentum=MOMENTUM, nesterov=True, **options)
     if config.optimizer != "muon":
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return kind([{"params": list(model.parameters()), "peak_lr": config.lr}], **options)
+        return kind(whole, **options)
     # The first convolution has one input channel, a matrix of 32 x 9: nothing to orthogonalise.
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 4 and parameter.shape[1] > 1]
     chosen = {id(parameter) for parameter in matrices}

@@ -112,13 +112,9 @@ def run_or_explain(
         with Watcher(storage, run_id, config.epochs):
             result = build_trainer(storage, run_id, config, plan, manifest).fit()
     except ray.train.WorkerGroupError as error:
-        causes = error.worker_failures
-        _, first = min(causes.items())
-        reason = str(first).strip().splitlines()[-1]
-        status = "diverged" if "Diverged" in str(first) else "failed"
-        if status == "failed":
-            print(first, file=sys.stderr)
-        return {"status": status, "error": reason.removeprefix("fashion.loop.Diverged: ")}
+        print(error, file=sys.stderr)
+        rank, first = min(error.worker_failures.items())
+        return {"status": "failed", "error": f"worker {rank}: {' '.join(str(first).split())[-500:]}"}
     except (ray.exceptions.RayActorError, KeyboardInterrupt, SystemExit):
         # What reaches the driver after Ctrl-C depends on what Ray was waiting for: its own handler ends the controller.
         return {"status": "interrupted", "error": f"stopped; continue with --run-id {run_id} --resume"}
@@ -199,6 +195,8 @@ def outcome_columns(storage: Storage, run_id: str, result: ray.train.Result) -> 
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
+    if told["diverged"]:
+        return {"status": "diverged", "error": told["diverged"], "epochs_done": len(told["history"]) // 2}
     assert result.best_checkpoints, "training ended without a checkpoint"
     written = report.read_table(storage, "epochs", run_id)
     assert written == told["history"], "the epochs table is not the history that the workers kept"

@@ -33,10 +33,16 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank = run.rank
     resumed_from = restore_latest(run)
     steps = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
-    for metrics in run.epochs(steps if settings["show_bar"] and rank.rank == 0 else run.ignore_step):
-        report(run, metrics)
+    diverged = None
+    try:
+        for metrics in run.epochs(steps if settings["show_bar"] and rank.rank == 0 else run.ignore_step):
+            report(run, metrics)
+    except loop.Diverged as error:
+        # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
+        diverged = str(error)
     return {
         "history": run.history,
+        "diverged": diverged,
         "world_size": rank.world_size,
         "device": torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else "cpu",
         "precision": run.precision,
