@@ -5,6 +5,7 @@ Knows numpy and pyarrow; Ray and torchvision are imported only inside the two fu
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -357,7 +358,7 @@ def split_paths(storage: Storage, manifest: Manifest, split: str) -> list[str]:
 
 
 def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
-    """Read a split into memory, its files' sums verified. Raises `UserError` on a damaged file."""
+    """Read a split into memory in written order, its files' sums verified. Raises `UserError` on a damaged file."""
     tables: list[pa.Table] = []
     for name, sha256 in manifest.files[split].items():
         data = storage.read_bytes(*DATA_FOLDER, split, name)
@@ -369,8 +370,8 @@ def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
 def open_dataset(storage: Storage, manifest: Manifest, split: str) -> "ray.data.Dataset":
     """Open a split as a Ray Dataset with the columns of `SCHEMA`, rows in written order.
 
-    The order is asked for: by default Ray hands on whichever file is read first, and then neither a prefix nor a shard
-    has the same rows twice.
+    For rows that are streamed. The order is asked for: by default Ray hands on whichever file is read first, and a
+    prefix would hold other rows each time.
     """
     import ray.data
 
@@ -404,12 +405,22 @@ def pieces_of_shard(cuts: list[int], rank: int, world_size: int) -> list[int]:
     return [k for k in range(len(cuts) - 1) if start <= cuts[k] and cuts[k + 1] <= stop]
 
 
-def open_pieces(dataset: "ray.data.Dataset", cuts: list[int]) -> "list[ray.data.Dataset]":
-    """Materialise `dataset` once in the object store and cut it at `cuts`; each piece is pulled without any task.
+def open_pieces(rows: Split, cuts: list[int]) -> "list[ray.data.Dataset]":
+    """Put `rows` into the object store, cut at `cuts`; each piece is a Ray Dataset of one block.
 
     Ray Train's own split (`streaming_split(equal=True)`) drops rows, and hands blocks to whoever asks first; cut by
-    row number, the same rank gets the same rows in every run, and no CPU is needed once the workers hold theirs.
+    row number, the same rank gets the same rows in every run. No task runs, here or when a worker pulls its piece, so
+    no CPU is waited for and no process started: 1 s in place of 14 s for tasks that read and cut.
     """
-    whole = dataset.materialize()
-    inner = cuts[1:-1]
-    return list(whole.split_at_indices(inner)) if inner else [whole]
+    import ray.data
+
+    table = to_table(rows)
+    return [ray.data.from_arrow(table.slice(start, stop - start)) for start, stop in itertools.pairwise(cuts)]
+
+
+def evaluation_blocks(rows: Split, rows_per_block: int) -> "ray.data.Dataset":
+    """Put `rows` into the object store as a Ray Dataset of blocks of `rows_per_block`, the last one smaller."""
+    import ray.data
+
+    table = to_table(rows)
+    return ray.data.from_arrow([table.slice(start, rows_per_block) for start in range(0, len(table), rows_per_block)])

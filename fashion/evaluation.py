@@ -75,9 +75,8 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
     """
     manifest = data.load_manifest(storage)
     num_rows = manifest.rows[split]
-    # Materialised first: afterwards the workers may hold every CPU and nothing waits for one.
-    blocks = data.open_dataset(storage, manifest, split).repartition(-(-num_rows // ROWS_PER_BLOCK)).materialize()
-    workers = min(plan.num_workers[1], blocks.num_blocks())
+    blocks = data.evaluation_blocks(data.load_split(storage, manifest, split), ROWS_PER_BLOCK)
+    workers = min(plan.num_workers[1], -(-num_rows // ROWS_PER_BLOCK))
     predictions = blocks.map_batches(
         Classifier,
         fn_constructor_args=(

@@ -180,13 +180,10 @@ def open_datasets(
     """Return the Ray Datasets by the names that the workers ask for: `train-0`, `val-0`, ... or `train` if streamed."""
     datasets: dict[str, Any] = {}
     for split, points in cuts.items():
-        dataset = data.open_dataset(storage, manifest, split)
-        if points[-1] < manifest.rows[split]:
-            dataset = dataset.limit(points[-1])
         if split == "train" and config.data_mode == "streaming":
-            datasets["train"] = dataset
+            datasets["train"] = data.open_dataset(storage, manifest, split).limit(points[-1])
         else:
-            pieces = data.open_pieces(dataset, points)
+            pieces = data.open_pieces(data.load_split(storage, manifest, split), points)
             datasets |= {f"{split}-{k}": piece for k, piece in enumerate(pieces)}
     return datasets
 
