@@ -10,7 +10,7 @@ from fashion import report
 from fashion.storage import Storage, open_storage
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate"])
+@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "report"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times = []
     for _ in range(3):
