@@ -10,6 +10,7 @@ PRESET ?= default
 NUM_WORKERS ?= 2
 RUN_ID ?= $(PRESET)-$(shell date -u +%Y%m%d-%H%M%S)
 SPLIT ?= test
+OUT ?= results/report.html
 ARGS ?=
 
 UV_VERSION := 0.13.9
@@ -26,7 +27,7 @@ train_flags = --storage $(storage) --preset $(PRESET) --num-workers $(NUM_WORKER
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
 	$(call flag,USE_GPU,use-gpu) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
 
-.PHONY: help setup quickstart prepare train evaluate test check fmt up submit-train down clean
+.PHONY: help setup quickstart prepare train evaluate report bench test check fmt up submit-train down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,12 +42,12 @@ setup: .venv/.installed ## Make the virtual environment from the lock file
 		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --python .venv/bin/python
 	@touch $@
 
-quickstart: setup ## Data, one epoch with two workers, evaluation: about five minutes on two cores
+quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
 	@$(RUN) jobs.prepare --storage $(storage) || { \
 		test -z "$$FASHION_MNIST_SOURCE" || exit 2; \
 		echo; echo "*** No real data to be had: going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***"; \
 		echo; $(RUN) jobs.prepare --storage $(storage) --source synthetic; }
-	@$(MAKE) --no-print-directory train evaluate EPOCHS=1 SPLIT=val RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S)
+	@$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S)
 
 prepare: setup ## Fetch, verify, split and write the data, once
 	@$(RUN) jobs.prepare --storage $(storage) $(ARGS)
@@ -56,6 +57,13 @@ train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT
 	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) --num-workers $(NUM_WORKERS)
+
+report: setup ## One page of everything measured, for the browser: OUT
+	@mkdir -p $(dir $(OUT))
+	@$(RUN) jobs.report --storage $(storage) --out $(OUT) $(ARGS)
+
+bench: setup ## Measure the job side by side with its alternatives
+	@$(RUN) jobs.bench --storage $(storage) --num-workers $(NUM_WORKERS) $(ARGS)
 
 test: setup ## Run all tests: first those without Ray
 	@.venv/bin/python -m pytest -m "not commands and not ray and not cluster"

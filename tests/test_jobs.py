@@ -11,8 +11,10 @@ from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.commands
 
+pytestmark = pytest.mark.commands
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "bench"])
+
+@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "report", "bench"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times = []
     for _ in range(3):

@@ -19,16 +19,20 @@ LAYERS: dict[str, list[str]] = {
         "synthetic",
         "summary",
         "head",
+        "figures",
+        "draw",
+        "page",
         "jobs.prepare",
         "jobs.train",
         "jobs.evaluate",
         "jobs.bench",
+        "jobs.report",
     ],
-    "pyarrow": ["storage", "data", "report"],
+    "pyarrow": ["storage", "data", "report", "plots"],
     "torch": ["model", "loop", "optimizer", "checkpoint", "fit"],
     "ray": ["bench", "cluster", "evaluation", "progress", "trainer", "worker"],
 }
-HEAVY = ("pyarrow", "torch", "ray", "torchvision", "pandas")
+HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas")
 
 
 def qualified(name: str) -> str:

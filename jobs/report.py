@@ -1,0 +1,42 @@
+"""Make one self-contained HTML page of the Parquet reports: runs, curves, mistakes, searches. Needs no network."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fashion import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `jobs.report` takes."""
+
+    storage: str = cli.DEFAULT_STORAGE
+    """Local folder or URI that holds the reports."""
+    out: str = "report.html"
+    """File to write; its folder must exist."""
+    png: str = ""
+    """Folder to write every figure to as PNG as well; it is made if need be."""
+    run_id: str = ""
+    """Show only these runs or searches: names with commas between them; all if empty."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, make the page, print where it is."""
+    started = time.perf_counter()
+    flags = cli.parse(Flags, argv, prog="python -m jobs.report", description=__doc__ or "")
+    run_ids = [name.strip() for name in flags.run_id.split(",") if name.strip()]
+    from fashion import plots
+    from fashion.storage import open_storage
+
+    out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None
+    written = plots.build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
+    print(f"{len(written)} file(s) in {time.perf_counter() - started:.1f} s")
+    if png is not None:
+        print(f"figures: {png.absolute()}")
+    print(f"page: {out.absolute()} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    cli.run(main)
