@@ -80,10 +80,11 @@ def build_page(storage: Storage, out: Path, *, png: Path | None = None, run_ids:
     """Make the page of a storage's reports at `out`; with `png`, also every figure as a file in that folder.
 
     `run_ids` restricts the page to these runs (or searches). Returns the files written. Raises `UserError` when there
-    are no reports, a run does not exist, a report is damaged, or a place cannot be written; then nothing is written.
+    are no reports, a run does not exist, a report is damaged, or a place cannot be written; the page is written last.
     """
     require(out.parent.is_dir(), f"--out {out}: the folder {out.parent} does not exist; make it or name another")
     require(not out.is_dir(), f"--out {out} is a folder; name a file")
+    require(png is None or png.is_dir() or not png.exists(), f"--png {png} is a file; name a folder")
     made = make_page(storage, load_reports(storage, run_ids), with_pngs=png is not None)
     files = {} if png is None else {png / f"{name}.png": content for name, content in made.pngs.items()}
     files[out] = made.html.encode()

@@ -435,6 +435,8 @@ def test_users_mistakes_name_the_value_and_leave_nothing(full: Storage, storage:
         plots.build_page(full, out, run_ids=["long", "nope"])
     with pytest.raises(UserError, match=r"--out .*: the folder .*missing does not exist"):
         plots.build_page(full, tmp_path / "missing" / "page.html")
+    with pytest.raises(UserError, match=r"--png .*manifest.json is a file; name a folder"):
+        plots.build_page(full, out, png=Path(full.path("data", "fashion-mnist", "manifest.json")))
     with pytest.raises(UserError, match=r"--out .* is a folder; name a file"):
         plots.build_page(full, tmp_path)
     with pytest.raises(UserError, match=r"/proc/page.html cannot be written \(.*\); name a place that can be"):
@@ -487,5 +489,5 @@ def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp
     assert len(drawn) == plots_there
     for plot in drawn:
         assert '<svg class="main-svg"' in plot
-        assert "<path" in plot
+        assert re.search(r'class="trace scatter|<image', plot)  # points and lines, or a heat map
     assert "CONSOLE" not in done.stderr, done.stderr
