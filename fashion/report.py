@@ -154,7 +154,7 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
         return []
     try:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(*place))).to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{storage.show(*place)} is damaged ({error}); remove it") from error
     return rows
 
