@@ -6,9 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 STORAGE ?= $(or $(FASHION_STORAGE),results)
-PRESET ?= default
 NUM_WORKERS ?= 2
-RUN_ID ?= $(PRESET)-$(shell date -u +%Y%m%d-%H%M%S)
+RUN_ID ?= $(or $(PRESET),default)-$(shell date -u +%Y%m%d-%H%M%S)
 SPLIT ?= test
 OUT ?= results/report.html
 ARGS ?=
@@ -21,11 +20,11 @@ export RAY_ADDRESS ?= local
 # A storage is a URI or a path; a submitted job runs in another folder, so it is given the path in full.
 storage := $(if $(findstring ://,$(STORAGE)),$(STORAGE),$(abspath $(STORAGE)))
 flag = $(if $($(1)),--$(2) $($(1)))
-train_flags = --storage $(storage) --preset $(PRESET) --num-workers $(NUM_WORKERS) --run-id $(RUN_ID) \
+train_flags = --storage $(storage) --num-workers $(NUM_WORKERS) --run-id $(RUN_ID) $(call flag,PRESET,preset) \
 	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
 	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
-	$(call flag,USE_GPU,use-gpu) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
+	$(call flag,SOURCE,source) $(call flag,USE_GPU,use-gpu) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
 
 .PHONY: help setup quickstart prepare train evaluate report bench test check fmt up submit-train down clean
 
@@ -35,19 +34,20 @@ help: ## Show this list
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
 .venv/.installed: uv.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "error: $(PYTHON) is missing or older than 3.11; name another, as in: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13; name one, as in: make setup PYTHON=python3.12" >&2; exit 2; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@uv=$$(command -v uv) || { .venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION) && \
 		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --python .venv/bin/python
 	@touch $@
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
-	@$(RUN) jobs.prepare --storage $(storage) || { \
+	@source=auto; $(RUN) jobs.prepare --storage $(storage) || { \
 		test -z "$$FASHION_MNIST_SOURCE" || exit 2; \
 		echo; echo "*** No real data to be had: going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***"; \
-		echo; $(RUN) jobs.prepare --storage $(storage) --source synthetic; }
-	@$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S)
+		echo; source=synthetic; $(RUN) jobs.prepare --storage $(storage) --source synthetic; } && \
+	$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val \
+		RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S) SOURCE=$${FASHION_MNIST_SOURCE:-$$source}
 
 prepare: setup ## Fetch, verify, split and write the data, once
 	@$(RUN) jobs.prepare --storage $(storage) $(ARGS)
@@ -82,7 +82,8 @@ up: setup ## Start a head node here: token authentication on, dashboard on 127.0
 	@$(RUN) fashion.head up
 
 submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow it, exit with its status
-	@$(RUN) fashion.head submit jobs.train $(train_flags) $(if $(FASHION_MNIST_SOURCE),--source $(abspath $(FASHION_MNIST_SOURCE)))
+	@$(RUN) fashion.head submit jobs.train $(train_flags) \
+		$(if $(FASHION_MNIST_SOURCE),--source $(abspath $(FASHION_MNIST_SOURCE)))
 
 down: setup ## Stop what `make up` started, and nothing else
 	@$(RUN) fashion.head down

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,22 +52,28 @@ class Measurement:
 
 
 def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> Measurement:
-    """Row b: the job's training loop (shard, shuffle, flips, metrics) against the same step on one pre-made batch."""
+    """Row b: the job's training loop (shard, shuffle, flips, metrics) against the same step on one pre-made batch.
+
+    Both sides run under DDP in the same workers, so the exchange of gradients is in both.
+    """
     steps = 25
     config = TrainConfig(epochs=1)
     scale.check_batch(config.global_batch_size)
     manifest = data.load_manifest(storage)
-    plan = cluster.make_plan(config, scale, manifest.rows["train"], manifest.rows["val"])
+    plan = cluster.make_plan(config, scale, manifest)
     cuts = {split: data.cut_points(manifest.rows[split], *plan.num_workers) for split in ("train", "val")}
     settings = trainer.worker_settings(config, plan, manifest, cuts) | {"repeats": repeats, "steps": steps}
-    result = TorchTrainer(
-        time_job_and_step,
-        train_loop_config=settings,
-        datasets=trainer.open_datasets(storage, manifest, config, cuts),
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-        scaling_config=trainer.scaling_config(plan),
-        run_config=ray.train.RunConfig(logging_config=ray.train.LoggingConfig(log_level="WARNING")),
-    ).fit()
+    with tempfile.TemporaryDirectory() as folder:
+        result = TorchTrainer(
+            time_job_and_step,
+            train_loop_config=settings,
+            datasets=trainer.open_datasets(storage, manifest, config, cuts),
+            dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+            scaling_config=trainer.scaling_config(plan),
+            run_config=ray.train.RunConfig(
+                storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="WARNING")
+            ),
+        ).fit()
     assert result.return_value is not None, "rank 0 returned nothing"
     ours, reference = result.return_value
     threads = plan.threads_per_worker * plan.num_workers[1]

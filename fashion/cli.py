@@ -54,7 +54,7 @@ def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name, nargs="?", const="")
-    known, _ = parser.parse_known_args(list(argv))
+    known, _ = parser.parse_known_args([word.replace("_", "-") if word.startswith("--") else word for word in argv])
     return {name: getattr(known, name.lstrip("-").replace("-", "_")) for name in names}
 
 

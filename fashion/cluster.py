@@ -12,7 +12,8 @@ import ray.data
 import torch
 
 from fashion import loop
-from fashion.config import ScaleConfig, TrainConfig, UserError, require
+from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.data import Manifest
 
 # Ray Train polls its workers this often (default 2 s), which would cap a run at one report per two seconds.
 HEALTH_CHECK_INTERVAL_S = "0.5"
@@ -78,6 +79,8 @@ class Plan:
     cluster_cpus: float
     cluster_gpus: float
     num_nodes: int
+    dataset: str
+    """Name of the data and the start of its sum."""
 
     def resources_per_worker(self) -> dict[str, float]:
         """Return what Ray reserves for each worker."""
@@ -92,23 +95,23 @@ class Plan:
             f"cluster    {self.num_nodes} node(s), {self.cluster_cpus:g} CPUs, {self.cluster_gpus:g} GPUs",
             f"workers    {workers}, each {each}, {self.threads_per_worker} thread(s)",
             f"batch      {self.global_batch_size} rows a step, {self.global_batch_size // high} a worker",
-            f"rows       {self.num_train_rows} train, {self.num_val_rows} val",
+            f"data       {self.dataset}, {self.num_train_rows} train and {self.num_val_rows} val rows",
             f"steps      {self.steps_per_epoch} an epoch, {self.epochs} epochs",
             f"precision  {self.precision}",
         ]
 
 
-def make_plan(config: TrainConfig, scale: ScaleConfig, num_train_rows: int, num_val_rows: int) -> Plan:
+def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Plan:
     """Fit a run to the live cluster; raises `UserError` with the numbers when it cannot be held."""
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     low, high = scale.worker_range
     use_gpu = scale.use_gpu == "yes" or (scale.use_gpu == "auto" and gpus >= high)
-    if use_gpu and gpus < low:
-        raise UserError(
-            f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
-            "use --use-gpu auto, or fewer workers"
-        )
+    require(
+        not use_gpu or gpus >= low,
+        f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
+        "use --use-gpu auto, or fewer workers",
+    )
     # Rows that stream from Ray Data need a CPU to be read with while the workers hold theirs.
     reserved = 1 if config.data_mode == "streaming" else 0
     needed = low * scale.cpus_per_worker + reserved
@@ -118,6 +121,14 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, num_train_rows: int, num_
         + (" + 1 to read rows" if reserved else "")
         + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
     )
+    # A worker lives on one node. The small term keeps ten workers of 0.1 CPU from missing a CPU by rounding.
+    places = sum(int(node.get("CPU", 0.0) / scale.cpus_per_worker + 1e-9) for node in nodes)
+    require(
+        low <= places,
+        f"--num-workers {scale.num_workers} of {scale.cpus_per_worker:g} CPUs do not fit: the cluster's "
+        f"{len(nodes)} nodes hold {places}; use fewer workers or a smaller --cpus-per-worker",
+    )
+    num_train_rows = manifest.rows["train"]
     rows = min(num_train_rows, config.max_train_rows or num_train_rows)
     return Plan(
         num_workers=(low, high),
@@ -126,13 +137,14 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, num_train_rows: int, num_
         threads_per_worker=scale.threads_per_worker,
         global_batch_size=config.global_batch_size,
         num_train_rows=rows,
-        num_val_rows=num_val_rows,
+        num_val_rows=manifest.rows["val"],
         steps_per_epoch=config.steps_per_epoch(rows),
         epochs=config.epochs,
         precision=describe_precision(config.precision, use_gpu),
         cluster_cpus=cpus,
         cluster_gpus=gpus,
-        num_nodes=len([node for node in ray.nodes() if node["Alive"]]),
+        num_nodes=len(nodes),
+        dataset=f"{manifest.dataset} ({manifest.sha256[:12]})",
     )
 
 

@@ -139,7 +139,7 @@ class ScaleConfig:
     def __post_init__(self) -> None:
         match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.num_workers)
         require(
-            match is not None, f"--num-workers {self.num_workers} must be a number such as 2, or MIN:MAX such as 2:8"
+            match is not None, f"--num-workers {self.num_workers} must be a number such as 2, or MIN:MAX such as 1:2"
         )
         low, high = self.worker_range
         require(1 <= low <= high, f"--num-workers {self.num_workers} must be at least 1, and MIN at most MAX")

@@ -1,6 +1,6 @@
 """The data plane: get the archives, verify, parse, split, write Parquet; open a split as arrays or as a Ray Dataset.
 
-Knows numpy and pyarrow; Ray and torchvision are imported only inside the two functions that need them.
+Knows numpy and pyarrow; Ray and torchvision are imported only inside the functions that need them.
 """
 
 import gzip
@@ -61,7 +61,7 @@ class Manifest:
     dataset: str
     """`fashion-mnist`, or `fashion-mnist-synthetic` for the stand-in."""
     sha256: str
-    """Sum over the four archives' sums: names the data in every report row."""
+    """Sum over the archives' sums, `val_rows` and `seed`: names the data, and how it was split, in every run."""
     seed: int
     val_rows: int
     rows: dict[str, int]
@@ -125,9 +125,12 @@ def read_pair(folder: Path, stem: str) -> tuple[NDArray[np.uint8], NDArray[np.ui
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file as hex; raises `UserError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another --source") from error
 
 
 def check_archives(folder: Path, *, official: bool) -> dict[str, str]:
@@ -255,9 +258,10 @@ def write_split(storage: Storage, name: str, split: Split) -> dict[str, str]:
     return sums
 
 
-def combined_sha256(sums: dict[str, str]) -> str:
-    """Return one sum for the four archives: the SHA-256 of their sorted `name:sum` lines."""
-    lines = "".join(f"{name}:{sums[name]}\n" for name in sorted(sums))
+def combined_sha256(sums: dict[str, str], val_rows: int, seed: int) -> str:
+    """Return one sum that names archives and split: the SHA-256 of their sorted `name:value` lines."""
+    parts = {**sums, "val_rows": str(val_rows), "seed": str(seed)}
+    lines = "".join(f"{name}:{parts[name]}\n" for name in sorted(parts))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -283,7 +287,7 @@ def prepare(storage: Storage, source: str, val_rows: int = 5000, seed: int = 0) 
     mean = float(counts @ values)
     manifest = Manifest(
         dataset="fashion-mnist" if official else "fashion-mnist-synthetic",
-        sha256=combined_sha256(sums),
+        sha256=combined_sha256(sums, val_rows, seed),
         seed=seed,
         val_rows=val_rows,
         rows={name: len(split.labels) for name, split in splits.items()},
@@ -304,15 +308,33 @@ def check_same_request(storage: Storage, found: Manifest, source: str, val_rows:
     way_out = f"name another --storage, or remove {place}"
     for name, asked, have in (("--val-rows", val_rows, found.val_rows), ("--seed", seed, found.seed)):
         require(asked == have, f"{place} was prepared with {name} {have}, not {asked}; {way_out}")
-    is_synthetic = found.dataset.endswith("synthetic")
     if source != "auto":
+        check_source(storage, found, source)
+
+
+def check_source(storage: Storage, found: Manifest, source: str) -> None:
+    """Raise `UserError` if the prepared data does not come from `source`; only `synthetic` accepts the stand-in."""
+    place = storage.show(*DATA_FOLDER)
+    if found.dataset.endswith("synthetic"):
         require(
-            (source == "synthetic") == is_synthetic,
-            f"{place} holds {found.dataset}, which is not what --source {source} gives; {way_out}",
+            source == "synthetic",
+            f"{place} holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic, "
+            "or name another --storage",
         )
+    else:
+        require(source != "synthetic", f"{place} holds {found.dataset}, not the stand-in; name another --storage")
     if source not in ("auto", "download", "synthetic"):
         with archives_from(source) as (folder, official):
             check_archives(folder, official=official)
+
+
+def check_same_data(storage: Storage, found: Manifest, run: dict[str, Any]) -> None:
+    """Raise `UserError` if a `runs` row was made on other data: with another split, `val` holds rows it trained on."""
+    require(
+        run.get("dataset_sha256") in (None, found.sha256),
+        f"the data in {storage.show(*DATA_FOLDER)} is not what the run was trained on (another source, --seed or "
+        "--val-rows); prepare it again as it was",
+    )
 
 
 # --- reading back -------------------------------------------------------------------------------------------------
@@ -361,7 +383,9 @@ def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
     """Read a split into memory in written order, its files' sums verified. Raises `UserError` on a damaged file."""
     tables: list[pa.Table] = []
     for name, sha256 in manifest.files[split].items():
-        data = storage.read_bytes(*DATA_FOLDER, split, name)
+        place = (*DATA_FOLDER, split, name)
+        require(storage.exists(*place), f"{storage.show(*place)} is missing; prepare the data again")
+        data = storage.read_bytes(*place)
         require(hashlib.sha256(data).hexdigest() == sha256, f"{split}/{name} is damaged; prepare the data again")
         tables.append(pq.read_table(pa.BufferReader(data)))
     return from_table(pa.concat_tables(tables))

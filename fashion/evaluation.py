@@ -74,6 +74,7 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
     Raises `AssertionError` unless every row of the split came back exactly once.
     """
     manifest = data.load_manifest(storage)
+    data.check_same_data(storage, manifest, row)
     num_rows = manifest.rows[split]
     blocks = data.evaluation_blocks(data.load_split(storage, manifest, split), ROWS_PER_BLOCK)
     workers = min(plan.num_workers[1], -(-num_rows // ROWS_PER_BLOCK))

@@ -2,6 +2,7 @@
 a trial of a search drive the same generator.
 """
 
+import math
 import resource
 import sys
 import time
@@ -80,7 +81,7 @@ class Run:
         """Do nothing: the observer of steps where nobody looks."""
 
     def epochs(self, on_step: Callable[[int, int], None] = ignore_step) -> Iterator[dict[str, float]]:
-        """Train the remaining epochs; after each, yield its metrics as flat columns, the same on all ranks.
+        """Train the remaining epochs; after each, yield its metrics, the same on all ranks but for the times.
 
         Raises `loop.Diverged` on all ranks together.
         """
@@ -111,6 +112,9 @@ class Run:
         val = loop.evaluate(self.model, batches, precision=self.precision, device=device)
         assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
         val_time = time.perf_counter() - started
+        if not math.isfinite(val.loss):
+            # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.
+            raise loop.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
         metrics = {
             "epoch": epoch,
             "train_loss": trained.sums.loss,

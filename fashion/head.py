@@ -34,13 +34,19 @@ def free_port() -> int:
 
 
 def own_pids(state: dict[str, Any]) -> list[int]:
-    """Return the live processes of the head: its session, and job drivers working inside its folder."""
+    """Return the live processes of the head: its session, and job drivers working inside its folder.
+
+    The session counts only while its leader is the head or is gone: its number may be somebody else's by now.
+    """
+    leader = Path(f"/proc/{state['pid']}/cmdline")
+    command = leader.read_bytes() if leader.exists() else b""
+    session_is_ours = not command or state["temp_dir"].encode() in command
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
             inside = os.readlink(entry / "cwd").startswith(state["temp_dir"])
-            ours = inside or os.getsid(int(entry.name)) == state["pid"]
+            ours = inside or (session_is_ours and os.getsid(int(entry.name)) == state["pid"])
         except OSError:
             continue
         if ours and not zombie:

@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+import ray.exceptions
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train import UserCallback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fashion import report
+from fashion.config import UserError
 from fashion.fit import epoch_rows
 from fashion.storage import Storage
 
@@ -70,7 +72,8 @@ class Watcher:
         self._epochs = epochs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._shown = {row["epoch"] for row in report.read_table(storage, "epochs", run_id)}
+        # Epoch -> its time: an epoch that is repeated after a resume has another one and is shown again.
+        self._shown = {row["epoch"]: row["epoch_time_s"] for row in report.read_table(storage, "epochs", run_id)}
         self._started = time.monotonic()
         self._here = 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -93,17 +96,22 @@ class Watcher:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SECONDS_BETWEEN_LOOKS)
-            self._show_new_epochs()
-            if not stopping:
-                self._move_bar()
+            try:
+                self._show_new_epochs()
+                if not stopping:
+                    self._move_bar()
+            except (OSError, UserError, ray.exceptions.RayError) as error:
+                # Progress is worth a complaint, not a run: storage that fails for good stops the run by itself.
+                self._bar.console.print(f"progress cannot be shown just now: {error}", highlight=False)
 
     def _show_new_epochs(self) -> None:
         rows = report.read_table(self._storage, "epochs", self._run_id)
         by_epoch: dict[int, dict[str, dict[str, Any]]] = {}
         for row in rows:
             by_epoch.setdefault(row["epoch"], {})[row["split"]] = row
-        for epoch in sorted(set(by_epoch) - self._shown):
-            self._shown.add(epoch)
+        times = {epoch: splits["train"]["epoch_time_s"] for epoch, splits in by_epoch.items()}
+        for epoch in sorted(epoch for epoch, time_s in times.items() if self._shown.get(epoch) != time_s):
+            self._shown[epoch] = times[epoch]
             self._here += 1
             spent = time.monotonic() - self._started
             left = spent / self._here * (self._epochs - epoch)

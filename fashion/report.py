@@ -1,7 +1,7 @@
 """The Parquet reports: schemas, atomic write, read, and what identifies a run (code, versions, hardware).
 
-One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`; the driver of a run is its only
-writer. Knows neither Ray nor torch.
+One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`, and one writer at a time: the
+controller of Ray Train adds `epochs` while a run trains, its driver writes the rest. Knows neither Ray nor torch.
 """
 
 import functools
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from fashion.config import CLASS_NAMES, NUM_CLASSES, TrainConfig, UserError, require
+from fashion.config import CLASS_NAMES, NUM_CLASSES, TrainConfig, UserError, flag, require
 from fashion.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -195,11 +195,7 @@ def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> Non
     """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
     stored = stored_config(storage, run_id).to_dict()
     asked = config.to_dict()
-    differing = [
-        f"--{name.replace('_', '-')} {asked[name]} (was {stored[name]})"
-        for name in stored
-        if asked[name] != stored[name]
-    ]
+    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
     require(
         not differing,
         f"--resume {run_id} was given other settings: {', '.join(differing)}; leave them out, or start a new run",

@@ -29,7 +29,8 @@ class Storage:
 
     def show(self, *parts: str) -> str:
         """Return the same path as a person would write it."""
-        return "/".join((self.uri.rstrip("/"), *parts))
+        base, mark, query = self.uri.partition("?")
+        return "/".join((base.rstrip("/"), *parts)) + mark + query
 
     def exists(self, *parts: str) -> bool:
         """Tell whether a file or folder is there."""
@@ -93,12 +94,13 @@ def open_storage(uri: str) -> Storage:
         return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path))
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
+        root = root.rstrip("/")
+        is_file = filesystem.get_file_info(root).type == pafs.FileType.File
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--storage {uri} cannot be opened ({reason}); use a path, or a URI such as s3://..."
         ) from error
-    root = root.rstrip("/")
-    if filesystem.get_file_info(root).type == pafs.FileType.File:
+    if is_file:
         raise UserError(f"--storage {uri} is a file; name a folder")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)

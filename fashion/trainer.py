@@ -1,12 +1,14 @@
 """One training run from start to report: build and fit the `TorchTrainer`, choose the checkpoint, write the rows."""
 
+import queue
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray.exceptions
 import ray.train
@@ -21,6 +23,8 @@ from fashion.storage import Storage
 from fashion.worker import train_loop_per_worker
 
 CHECKPOINTS_TO_KEEP = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,38 +63,40 @@ def train(
     say the same.
     """
     scale.check_batch(config.global_batch_size)
+    earlier: dict[str, Any] = {}
     if resume:
         report.check_same_config(storage, run_id, config)
-        row = report.load_run(storage, run_id)
-        if row["status"] == "completed":
-            return Finished(run_id, row, result_paths(storage, run_id, row), was_finished=True)
+        earlier = report.load_run(storage, run_id)
+        if earlier["status"] == "completed":
+            return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
     else:
         report.check_new_run(storage, run_id)
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
+    data.check_source(storage, manifest, source)
+    data.check_same_data(storage, manifest, earlier)
     cluster.connect()
-    plan = cluster.make_plan(config, scale, manifest.rows["train"], manifest.rows["val"])
+    plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
     storage.check_writable()
-    started = begin_row(storage, run_id, config, manifest)
+    started = begin_row(storage, run_id, config, manifest, earlier)
     clock = time.perf_counter()
     row = started | run_or_explain(storage, run_id, config, plan, manifest)
-    if row["status"] == "completed":
-        scores = evaluation.evaluate_run(storage, run_id, row, split="test", plan=plan)
-        row |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
-    row |= {"finished_at": datetime.now(UTC), "wall_s": time.perf_counter() - clock}
+    row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")
     return Finished(run_id, row, result_paths(storage, run_id, row))
 
 
-def begin_row(storage: Storage, run_id: str, config: TrainConfig, manifest: data.Manifest) -> dict[str, Any]:
-    """Write the `runs` row of a run that starts or continues, and return it."""
-    earlier = report.find_run(storage, run_id) or {}
+def begin_row(
+    storage: Storage, run_id: str, config: TrainConfig, manifest: data.Manifest, earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the `runs` row of a run that starts, or that goes on from its `earlier` row, and return it."""
     row = {
         "kind": "train",
         "status": "running",
         "started_at": earlier.get("started_at") or datetime.now(UTC),
+        "wall_s": earlier.get("wall_s"),
         "dataset": manifest.dataset,
         "dataset_sha256": manifest.sha256,
         "source_hash": report.source_hash(),
@@ -107,24 +113,66 @@ def begin_row(storage: Storage, run_id: str, config: TrainConfig, manifest: data
 def run_or_explain(
     storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
 ) -> dict[str, Any]:
-    """Fit the run; return the columns of its outcome. A failure of the training code becomes a row, not a traceback."""
+    """Fit the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
+
+    Whatever stops the run becomes a row with a status and a reason; details go to standard error.
+    """
     try:
-        with Watcher(storage, run_id, config.epochs):
-            result = build_trainer(storage, run_id, config, plan, manifest).fit()
-    except ray.train.WorkerGroupError as error:
-        print(error, file=sys.stderr)
-        rank, first = min(error.worker_failures.items())
-        return {"status": "failed", "error": f"worker {rank}: {' '.join(str(first).split())[-500:]}"}
-    except (ray.exceptions.RayActorError, KeyboardInterrupt, SystemExit):
-        # What reaches the driver after Ctrl-C depends on what Ray was waiting for: its own handler ends the controller.
+        columns = fit_and_choose(storage, run_id, config, plan, manifest)
+        if columns["status"] == "completed":
+            scores = evaluation.evaluate_run(storage, run_id, columns, split="test", plan=plan)
+            columns |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
+    except (KeyboardInterrupt, SystemExit):
+        # Ctrl-C, or the SIGTERM of `ray job stop`, which Ray turns into SystemExit.
         return {"status": "interrupted", "error": f"stopped; continue with --run-id {run_id} --resume"}
-    return outcome_columns(storage, run_id, result)
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError, OSError) as error:
+        print(error, file=sys.stderr)
+        return {"status": "failed", "error": brief(error)}
+    return columns
+
+
+def fit_and_choose(
+    storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
+) -> dict[str, Any]:
+    """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
+    with Watcher(storage, run_id, config.epochs):
+        result = in_a_thread(build_trainer(storage, run_id, config, plan, manifest).fit)
+    return outcome_columns(storage, run_id, config, manifest, result)
+
+
+def in_a_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread and wait for it.
+
+    In the main thread Ray Train would take SIGINT for itself and keep it after the run; so, Ctrl-C reaches the caller.
+    """
+    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:  # handed to the caller, whatever it is
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    result, error = done.get()
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def brief(error: Exception) -> str:
+    """Return an error as one line of at most 500 characters; of a worker group's, what its first rank said."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return " ".join(str(error).split())[-500:]
+    rank, first = min(failures.items())
+    return f"worker {rank}: {' '.join(str(first).split())[-500:]}"
 
 
 def build_trainer(
     storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
 ) -> TorchTrainer:
-    """Return the trainer; its datasets are materialised and cut here, while CPUs are still free."""
+    """Return the trainer, its datasets in the object store."""
     cuts = {
         "train": data.cut_points(plan.num_train_rows, *plan.num_workers),
         "val": data.cut_points(plan.num_val_rows, *plan.num_workers),
@@ -138,7 +186,8 @@ def build_trainer(
         scaling_config=scaling_config(plan),
         run_config=ray.train.RunConfig(
             name=run_id,
-            storage_path=storage.show(report.RUNS_FOLDER),
+            storage_path=storage.path(report.RUNS_FOLDER),
+            storage_filesystem=storage.fs,
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=CHECKPOINTS_TO_KEEP, checkpoint_score_attribute="checkpoint_score"
             ),
@@ -188,19 +237,23 @@ def open_datasets(
     return datasets
 
 
-def outcome_columns(storage: Storage, run_id: str, result: ray.train.Result) -> dict[str, Any]:
+def outcome_columns(
+    storage: Storage, run_id: str, config: TrainConfig, manifest: data.Manifest, result: ray.train.Result
+) -> dict[str, Any]:
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
     if told["diverged"]:
         return {"status": "diverged", "error": told["diverged"], "epochs_done": len(told["history"]) // 2}
     assert result.best_checkpoints, "training ended without a checkpoint"
-    written = report.read_table(storage, "epochs", run_id)
-    assert written == told["history"], "the epochs table is not the history that the workers kept"
+    # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
+    report.write_table(storage, "epochs", run_id, told["history"])
     checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["checkpoint_score"])
     name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
     return summarise(told["history"], int(best["epoch"])) | {
         "status": "completed",
+        "config_json": report.config_json(config),
+        "dataset_sha256": manifest.sha256,
         "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
         **{key: told[key] for key in ("world_size", "device", "precision", "threads_per_worker")},
         **{key: told[key] for key in ("peak_memory_bytes", "resumed_from")},

@@ -120,7 +120,8 @@ def largest(value: int) -> int:
 def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> None:
     """Make sure that all ranks take the same number of steps: with unequal ones DDP would wait for ever at the end."""
     steps = config.steps_per_epoch(rows.num_train_rows)
-    assert (largest(steps), -largest(-steps)) == (steps, steps), "ranks would take unequal numbers of steps"
+    most, fewest = largest(steps), -largest(-steps)
+    assert most == fewest, ("ranks would take unequal numbers of steps", fewest, most)
     assert config.global_batch_size % rank.world_size == 0, (config.global_batch_size, rank.world_size)
 
 
@@ -186,8 +187,6 @@ def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Ca
         tables = as_tables(shard.iter_batches(batch_size=STREAM_BUFFER_ROWS, batch_format="pyarrow"))
         steps = 0
         for images, labels, index in resliced(tables, batch_size, generator):
-            if steps == num_steps:
-                break
             steps += 1
             images, labels = images.to(rank.device), labels.to(rank.device)
             yield augmentation.apply(images, index, seed=config.seed, epoch=epoch, generator=generator), labels

@@ -1,11 +1,12 @@
 """Evaluate a run's chosen checkpoint on a split: predictions, per-class figures and the confusion matrix."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fashion import cli, config
-from fashion.config import ScaleConfig, TrainConfig
+from fashion.config import ScaleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     manifest = data.load_manifest(storage)
     row = report.load_run(storage, flags.run_id)
     cluster.connect()
-    plan = cluster.make_plan(TrainConfig(), flags.scale, manifest.rows["train"], manifest.rows["val"])
+    plan = cluster.make_plan(config.TrainConfig.from_dict(json.loads(row["config_json"])), flags.scale, manifest)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
     classes = [each for each in report.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
     summary.print_classes(classes)

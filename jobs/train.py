@@ -29,7 +29,6 @@ class Flags:
     def __post_init__(self) -> None:
         if self.run_id:
             config.check_run_id(self.run_id)
-        self.scale.check_batch(self.train.global_batch_size)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fashion import data, synthetic
+from fashion import synthetic
 from fashion.storage import Storage, open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +35,6 @@ def small_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def storage(tmp_path: Path) -> Storage:
     """An empty storage."""
     return open_storage(str(tmp_path / "results"))
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A storage with the real data where it can be had, else with the stand-in; tests add runs to it."""
-    storage = open_storage(str(tmp_path_factory.mktemp("prepared")))
-    data.prepare(storage, real_source())
-    return storage
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_preparing_again_changes_nothing_and_another_request_is_refused(storage:
     assert again == first
     with pytest.raises(UserError, match="prepared with --val-rows 300, not 400; name another --storage, or remove"):
         data.prepare(storage, "auto", val_rows=400)
-    with pytest.raises(UserError, match="not what --source synthetic gives"):
+    with pytest.raises(UserError, match="not the stand-in; name another --storage"):
         data.prepare(storage, "synthetic", val_rows=300)
 
 
@@ -236,6 +236,8 @@ def test_storage_must_be_a_folder(tmp_path: Path) -> None:
         open_storage("nonsense://x")
 
 
-def test_the_combined_sum_does_not_depend_on_order() -> None:
+def test_the_sum_names_archives_and_split() -> None:
     sums = {"b": "2", "a": "1"}
-    assert data.combined_sha256(sums) == hashlib.sha256(b"a:1\nb:2\n").hexdigest()
+    named = data.combined_sha256(sums, val_rows=5, seed=0)
+    assert named == hashlib.sha256(b"a:1\nb:2\nseed:0\nval_rows:5\n").hexdigest()
+    assert len({named, data.combined_sha256(sums, 6, 0), data.combined_sha256(sums, 5, 1)}) == 3

@@ -1,15 +1,15 @@
 """The commands as a user types them: quick help, one clear line for each mistake, exit code 2, nothing half-written."""
 
+import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
-from conftest import run_job
+from conftest import real_source, run_job
 
-from fashion import report
+from fashion import data, report
 from fashion.storage import Storage, open_storage
-
-pytestmark = pytest.mark.commands
 
 pytestmark = pytest.mark.commands
 
@@ -54,6 +54,30 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(case: str, tmp_path
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert not storage.exists()
+
+
+def test_what_the_machine_lacks_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Real preflights: these commands start Ray here, see what there is, and stop."""
+    cpus = len(os.sched_getaffinity(0))
+    wide = ["--num-workers", str(2 * cpus), "--global-batch-size", str(64 * cpus)]
+    cases = [(wide, f"needs {2 * cpus} CPUs ({2 * cpus} x 1) and the cluster has")]
+    if shutil.which("nvidia-smi") is None:
+        cases.append((["--use-gpu", "yes"], "--use-gpu yes needs 2 GPU(s), one for each worker, and the cluster has 0"))
+    for flags, told in cases:
+        done = run_job("jobs.train", "--storage", str(tmp_path), "--source", real_source(), *flags)
+        assert done.returncode == 2, done.stderr
+        assert told in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (tmp_path / "runs").exists()
+        assert not (tmp_path / "reports").exists()
+
+
+def test_train_does_not_take_the_stand_in_for_the_real_data(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    data.prepare(storage, "synthetic", val_rows=500)
+    done = run_job("jobs.train", "--storage", storage.uri, FASHION_MNIST_SOURCE="auto")
+    assert done.returncode == 2
+    assert "holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic" in done.stderr
 
 
 def test_evaluate_needs_a_run(tmp_path: Path) -> None:

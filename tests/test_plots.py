@@ -399,6 +399,7 @@ def test_same_reports_same_bytes_and_only_chosen_runs(full: Storage, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.commands
 def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
     out, folder = tmp_path / "page.html", tmp_path / "figures"
     written = plots.build_page(full, out, png=folder, run_ids=["long"])
@@ -460,6 +461,7 @@ def test_a_damaged_report_is_named(table: str, storage: Storage, tmp_path: Path)
             plots.build_page(storage, tmp_path / "page.html")
 
 
+@pytest.mark.commands
 def test_the_command(full: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
     main(["--storage", full.uri, "--out", str(out), "--run-id", "short, asha-1"])
@@ -471,6 +473,7 @@ def test_the_command(full: Storage, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.commands
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
