@@ -82,6 +82,7 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> Measureme
 
 def time_job_and_step(settings: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Run on every worker: alternate the real loop and the bare step; return images/s of all ranks, per repeat."""
+    worker.prepare_process(settings["threads"])
     run = worker.start_run(settings)
     steps = settings["steps"]
     rows = steps * run.config.global_batch_size

@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
 
 
 class DamagedCheckpoint(RuntimeError):

@@ -128,7 +128,8 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         f"--num-workers {scale.num_workers} of {scale.cpus_per_worker:g} CPUs do not fit: the cluster's "
         f"{len(nodes)} nodes hold {places}; use fewer workers or a smaller --cpus-per-worker",
     )
-    num_train_rows = manifest.rows["train"]
+    num_val_rows = manifest.rows["val"] if config.hold_out_val else 0
+    num_train_rows = manifest.rows["train"] + manifest.rows["val"] - num_val_rows
     rows = min(num_train_rows, config.max_train_rows or num_train_rows)
     return Plan(
         num_workers=(low, high),
@@ -137,9 +138,9 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         threads_per_worker=scale.threads_per_worker,
         global_batch_size=config.global_batch_size,
         num_train_rows=rows,
-        num_val_rows=manifest.rows["val"],
+        num_val_rows=num_val_rows,
         steps_per_epoch=config.steps_per_epoch(rows),
-        epochs=config.epochs,
+        epochs=config.last_epoch,
         precision=describe_precision(config.precision, use_gpu),
         cluster_cpus=cpus,
         cluster_gpus=gpus,

@@ -233,6 +233,8 @@ def from_table(table: pa.Table) -> Split:
     """Turn a table of `SCHEMA` back into arrays; raises `UserError` on another schema, on nulls or on wrong labels."""
     require(table.schema.equals(SCHEMA), f"prepared data has columns {table.schema.names}, expected {SCHEMA.names}")
     require(not any(table[name].null_count for name in SCHEMA.names), "prepared data holds nulls; prepare it again")
+    if not len(table):
+        return Split(np.empty((0, IMAGE_SIZE, IMAGE_SIZE), np.uint8), np.empty(0, np.uint8), np.empty(0, np.int32))
     column = table["image"].combine_chunks()
     offset = column.offset * PIXELS
     buffer = column.buffers()[1]
@@ -389,6 +391,15 @@ def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
         require(hashlib.sha256(data).hexdigest() == sha256, f"{split}/{name} is damaged; prepare the data again")
         tables.append(pq.read_table(pa.BufferReader(data)))
     return from_table(pa.concat_tables(tables))
+
+
+def joined(*splits: Split) -> Split:
+    """Return the rows of several splits, one after the other."""
+    return Split(
+        np.concatenate([split.images for split in splits]),
+        np.concatenate([split.labels for split in splits]),
+        np.concatenate([split.index for split in splits]),
+    )
 
 
 def open_dataset(storage: Storage, manifest: Manifest, split: str) -> "ray.data.Dataset":

@@ -61,12 +61,23 @@ class Run:
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
         self.optimizer = build_optimizer(config, self.model)
         self.wrapped = wrap(self.model)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, float]] = []
+        """Metrics of each epoch so far, earlier lives of the run included."""
 
     @property
     def epochs_done(self) -> int:
-        """Epochs trained so far, earlier lives of the run included."""
-        return max((row["epoch"] for row in self.history), default=0)
+        """Epochs trained so far."""
+        return len(self.history)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what this process knows of how it runs, in columns of the `runs` table."""
+        device = self.rank.device
+        return {
+            "world_size": self.rank.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": self.precision,
+            "threads_per_worker": torch.get_num_threads(),
+        }
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into the empty `folder`."""
@@ -85,10 +96,14 @@ class Run:
 
         Raises `loop.Diverged` on all ranks together.
         """
-        for epoch in range(self.epochs_done + 1, self.config.epochs + 1):
-            yield self._epoch(epoch, on_step)
+        for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
+            metrics = self._train(epoch, on_step)
+            if self.rows.num_val_rows:
+                metrics |= self._evaluate(epoch)
+            self.history.append(metrics)
+            yield metrics
 
-    def _epoch(self, epoch: int, on_step: Callable[[int, int], None]) -> dict[str, float]:
+    def _train(self, epoch: int, on_step: Callable[[int, int], None]) -> dict[str, float]:
         config, device = self.config, self.rank.device
         # Dropout draws from the global generator: keyed like the rest, and different on every rank.
         torch.manual_seed(loop.stream_seed(config.seed, epoch, self.rank.rank, 2))
@@ -105,31 +120,28 @@ class Run:
         )
         expected = self.steps * config.global_batch_size
         assert trained.sums.num_rows == expected, (trained.sums.num_rows, expected)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        started = time.perf_counter()
-        # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
-        batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
-        val = loop.evaluate(self.model, batches, precision=self.precision, device=device)
-        assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
-        val_time = time.perf_counter() - started
-        if not math.isfinite(val.loss):
-            # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.
-            raise loop.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
-        metrics = {
+        return {
             "epoch": epoch,
             "train_loss": trained.sums.loss,
             "train_accuracy": trained.sums.accuracy,
             "train_rows": trained.sums.num_rows,
-            "val_loss": val.loss,
-            "val_accuracy": val.accuracy,
-            "val_rows": val.num_rows,
-            "lr": lr,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "epoch_time_s": trained.time_s,
             "data_wait_s": trained.data_wait_s,
-            "val_time_s": val_time,
         }
-        self.history.extend(epoch_rows(metrics))
-        return metrics
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        started = time.perf_counter()
+        loop.average_statistics(self.model)
+        # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
+        batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
+        val = loop.evaluate(self.model, batches, precision=self.precision, device=self.rank.device)
+        assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
+        if not math.isfinite(val.loss):
+            # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.
+            raise loop.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
+        times = {"val_time_s": time.perf_counter() - started}
+        return {"val_loss": val.loss, "val_accuracy": val.accuracy, "val_rows": val.num_rows} | times
 
     def _set_lr(self, step: int) -> None:
         config = self.config
@@ -147,14 +159,15 @@ def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> Fas
         dropout_conv=config.dropout_conv,
         dropout_fc=config.dropout_fc,
         padding=config.padding,
+        depth=config.depth,
     )
     initialise(model, config.init)
     return model
 
 
 def epoch_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the two rows of the `epochs` table, train and val, of one epoch's metrics."""
-    times = {"train": (metrics["epoch_time_s"], metrics["data_wait_s"]), "val": (metrics["val_time_s"], 0.0)}
+    """Return the rows of the `epochs` table of one epoch's metrics: train, and val if it was held out."""
+    times = {"train": ("epoch_time_s", "data_wait_s"), "val": ("val_time_s", "")}
     return [
         {
             "epoch": int(metrics["epoch"]),
@@ -163,11 +176,12 @@ def epoch_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
             "accuracy": metrics[f"{split}_accuracy"],
             "rows": int(metrics[f"{split}_rows"]),
             "lr": metrics["lr"],
-            "epoch_time_s": time_s,
-            "data_wait_s": wait_s,
-            "images_per_s": metrics[f"{split}_rows"] / time_s,
+            "epoch_time_s": metrics[spent],
+            "data_wait_s": metrics.get(waited, 0.0),
+            "images_per_s": metrics[f"{split}_rows"] / metrics[spent],
         }
-        for split, (time_s, wait_s) in times.items()
+        for split, (spent, waited) in times.items()
+        if f"{split}_loss" in metrics
     ]
 
 
@@ -175,8 +189,10 @@ def checkpoint_score(metrics: dict[str, float]) -> float:
     """Return what the best checkpoint has most of: val accuracy, and of equal ones the lower val loss.
 
     Accuracy, because it is what the project claims, and because val loss turns upward from overconfidence while
-    accuracy still rises; the loss term is below half a row of val and only breaks ties.
+    accuracy still rises; the loss term is below half a row of val and only breaks ties. Without val the last is best.
     """
+    if "val_accuracy" not in metrics:
+        return metrics["epoch"]
     return metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0)
 
 

@@ -261,6 +261,23 @@ def train_one_epoch(
     return EpochResult(sums, time.perf_counter() - started, waited)
 
 
+@torch.no_grad()
+def average_statistics(model: nn.Module) -> None:
+    """Give all ranks the mean of their batch-normalisation statistics; nothing happens in a network without them.
+
+    Each rank's running mean and variance come from its own rows, and all must evaluate the same network.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers or not dist.is_initialized():
+        return
+    statistics: list[Tensor] = [getattr(layer, name) for layer in layers for name in ("running_mean", "running_var")]
+    mean = torch.cat(statistics) / dist.get_world_size()
+    dist.all_reduce(mean)
+    for tensor in statistics:
+        tensor.copy_(mean[: len(tensor)])
+        mean = mean[len(tensor) :]
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str, device: torch.device) -> ClassificationSums:
     """Return the sums of `model` (not DDP-wrapped) over this and all other ranks' batches, in evaluation mode.

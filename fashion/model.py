@@ -1,4 +1,4 @@
-"""The network: 3 x 3 convolutions in two blocks, then three linear layers; 7,001,194 parameters.
+"""The network: 3 x 3 convolutions in two blocks, then three linear layers; 7,001,194 parameters. And deeper variants.
 
 Raw images in, logits out: normalisation is the first step, its constants are saved with the weights, so a checkpoint
 is complete by itself.
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashion.config import IMAGE_SIZE, NUM_CLASSES, Padding
+from fashion.config import IMAGE_SIZE, NUM_CLASSES, Depth, Padding
 
-NUM_PARAMETERS = 7_001_194
+NUM_PARAMETERS: dict[Depth, int] = {"vgg": 7_001_194, "deep": 7_628_202, "deep-bn": 7_630_122}
 
 
 class PartialConv2d(nn.Conv2d):
@@ -46,7 +46,8 @@ def conv(in_channels: int, out_channels: int, size: int, padding: Padding) -> nn
 class FashionCNN(nn.Module):
     """The classifier: (B, 1, 28, 28) uint8 images to (B, 10) logits.
 
-    `pixel_mean` and `pixel_std` are those of the training pixels, in 0..1.
+    `pixel_mean` and `pixel_std` are those of the training pixels, in 0..1. `deep` ends each block with one more
+    convolution of the same width; `deep-bn` also normalises each convolution's output over the batch.
     """
 
     pixel_mean: Tensor
@@ -60,6 +61,7 @@ class FashionCNN(nn.Module):
         dropout_conv: float = 0.0,
         dropout_fc: float = 0.0,
         padding: Padding = "zeros",
+        depth: Depth = "vgg",
     ) -> None:
         super().__init__()
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean))
@@ -71,6 +73,12 @@ class FashionCNN(nn.Module):
         self.conv4 = conv(64, 128, half, padding)
         self.conv5 = conv(128, 128, half, padding)
         self.conv6 = conv(128, 256, half, padding)
+        deeper = depth != "vgg"
+        self.conv3b = conv(64, 64, full, padding) if deeper else None
+        self.conv6b = conv(256, 256, half, padding) if deeper else None
+        widths = {"conv1": 32, "conv2": 32, "conv3": 64, "conv4": 128, "conv5": 128, "conv6": 256}
+        widths |= {"conv3b": 64, "conv6b": 256}
+        self.norms = nn.ModuleDict({k: nn.BatchNorm2d(w) for k, w in widths.items()} if depth == "deep-bn" else {})
         self.fc1 = nn.Linear(256 * 7 * 7, 512)
         self.fc2 = nn.Linear(512, 64)
         self.fc3 = nn.Linear(64, NUM_CLASSES)
@@ -81,19 +89,27 @@ class FashionCNN(nn.Module):
         """Return logits (B, 10) of `images` (B, 1, 28, 28) uint8."""
         x = (images.float() / 255.0 - self.pixel_mean) / self.pixel_std
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.conv1(x))  # (B, 32, 28, 28)
-        x = self.dropout_conv(F.relu(self.conv2(x)))
-        x = F.relu(self.conv3(x))  # (B, 64, 28, 28)
+        x = self._convolve("conv1", x)  # (B, 32, 28, 28)
+        x = self.dropout_conv(self._convolve("conv2", x))
+        x = self._convolve("conv3b", self._convolve("conv3", x))  # (B, 64, 28, 28)
         x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 64, 14, 14)
-        x = F.relu(self.conv4(x))  # (B, 128, 14, 14)
-        x = F.relu(self.conv5(x))
-        x = F.relu(self.conv6(x))  # (B, 256, 14, 14)
+        x = self._convolve("conv4", x)  # (B, 128, 14, 14)
+        x = self._convolve("conv5", x)
+        x = self._convolve("conv6b", self._convolve("conv6", x))  # (B, 256, 14, 14)
         x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 256, 7, 7)
         x = x.flatten(1)  # (B, 12544)
         x = self.dropout_fc(F.relu(self.fc1(x)))
         x = self.dropout_fc(F.relu(self.fc2(x)))
         logits: Tensor = self.fc3(x)
         return logits
+
+    def _convolve(self, name: str, x: Tensor) -> Tensor:
+        """Apply the convolution `name`, its normalisation if any, and ReLU; skip what the variant does not have."""
+        layer = getattr(self, name)
+        if layer is None:
+            return x
+        x = layer(x)
+        return F.relu(self.norms[name](x) if name in self.norms else x)
 
 
 def initialise(model: FashionCNN, init: str) -> None:

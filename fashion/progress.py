@@ -129,10 +129,10 @@ class Watcher:
 
 
 def epoch_line(epoch: int, epochs: int, rows: dict[str, dict[str, Any]], left_s: float) -> str:
-    """Return the line for one epoch from its `train` and `val` rows; `left_s` is the estimated rest in seconds."""
-    train, val = rows["train"], rows["val"]
+    """Return the line for one epoch from its rows by split; `left_s` is the estimated rest in seconds."""
+    train = rows["train"]
+    figures = [f"{split} loss {row['loss']:.4f} accuracy {row['accuracy']:.4f}" for split, row in sorted(rows.items())]
     return (
-        f"epoch {epoch}/{epochs}  train loss {train['loss']:.4f} accuracy {train['accuracy']:.4f}  "
-        f"val loss {val['loss']:.4f} accuracy {val['accuracy']:.4f}  "
+        f"epoch {epoch}/{epochs}  {'  '.join(figures)}  "
         f"{train['images_per_s']:.0f} images/s  {left_s // 60:.0f} min {left_s % 60:.0f} s left"
     )

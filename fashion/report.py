@@ -25,6 +25,7 @@ from fashion.storage import Storage
 SCHEMA_VERSION = 1
 REPORTS_FOLDER = "reports"
 RUNS_FOLDER = "runs"
+SEARCHES_FOLDER = "searches"
 
 _TIME = pa.timestamp("us", tz="UTC")
 

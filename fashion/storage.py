@@ -65,6 +65,16 @@ class Storage:
             if os.path.exists(temporary):
                 os.remove(temporary)
 
+    def list(self, *parts: str) -> list[str]:
+        """Return the names in a folder, sorted; none if it does not exist."""
+        selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
+        return sorted(info.base_name for info in self.fs.get_file_info(selector))
+
+    def delete_folder(self, *parts: str) -> None:
+        """Remove a folder with all that is in it; nothing happens if it does not exist."""
+        if self.exists(*parts):
+            self.fs.delete_dir(self.path(*parts))
+
     def check_writable(self) -> None:
         """Raise `UserError` unless a file can be written here; leaves nothing behind, not even a folder."""
         try:

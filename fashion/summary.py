@@ -32,7 +32,8 @@ def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was
         table.add_column(name, justify="right" if side == "right" else "left")
     for key, published in PUBLISHED.items():
         table.add_row(key.replace("_", " "), f"{published:.4f}", f"{row[key]:.4f}")
-    table.add_row("val accuracy", "", f"{row['val_accuracy']:.4f}")
+    held_out = row["val_accuracy"] is not None
+    table.add_row("val accuracy", "", f"{row['val_accuracy']:.4f}" if held_out else "trained on")
     table.add_row("best epoch", "", f"{row['best_epoch']} of {row['epochs_done']}")
     Console(width=100).print(table)
     if row["dataset"].endswith("synthetic"):

@@ -2,10 +2,11 @@
 
 import queue
 import secrets
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from fashion import cluster, data, evaluation, report
 from fashion.cluster import Plan
 from fashion.config import ScaleConfig, TrainConfig
+from fashion.fit import epoch_rows
 from fashion.model import NUM_PARAMETERS
 from fashion.progress import EpochsWriter, Watcher
 from fashion.storage import Storage
@@ -54,13 +56,15 @@ def train(
     *,
     source: str = "auto",
     resume: bool = False,
+    kind: str = "train",
+    search_id: str = "",
     announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Finished:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
-    Prepares the data from `source` if the storage holds none, and connects to Ray. `announce` is given the plan before
-    anything starts. Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports
-    say the same.
+    Prepares the data from `source` if the storage holds none, and connects to Ray. `kind` and `search_id` are columns
+    of its row: the winner of a search is trained as its `refit`. `announce` is given the plan before anything starts.
+    Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports say the same.
     """
     scale.check_batch(config.global_batch_size)
     earlier: dict[str, Any] = {}
@@ -78,7 +82,8 @@ def train(
     plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
     storage.check_writable()
-    started = begin_row(storage, run_id, config, manifest, earlier)
+    identity = {"kind": kind, "search_id": search_id or None}
+    started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
     row = started | run_or_explain(storage, run_id, config, plan, manifest)
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
@@ -93,21 +98,28 @@ def begin_row(
 ) -> dict[str, Any]:
     """Write the `runs` row of a run that starts, or that goes on from its `earlier` row, and return it."""
     row = {
-        "kind": "train",
+        "kind": earlier["kind"],
+        "search_id": earlier["search_id"],
         "status": "running",
         "started_at": earlier.get("started_at") or datetime.now(UTC),
         "wall_s": earlier.get("wall_s"),
+    } | identity_columns(config, manifest)
+    report.write_table(storage, "runs", run_id, [row])
+    return row
+
+
+def identity_columns(config: TrainConfig, manifest: data.Manifest) -> dict[str, Any]:
+    """Return the columns of the `runs` table that say what a run is made of."""
+    return {
         "dataset": manifest.dataset,
         "dataset_sha256": manifest.sha256,
         "source_hash": report.source_hash(),
         "preset": config.preset,
         "config_json": report.config_json(config),
-        "num_parameters": NUM_PARAMETERS,
+        "num_parameters": NUM_PARAMETERS[config.depth],
         "data_mode": config.data_mode,
         "hardware": report.hardware(),
     } | report.versions()
-    report.write_table(storage, "runs", run_id, [row])
-    return row
 
 
 def run_or_explain(
@@ -135,7 +147,7 @@ def fit_and_choose(
     storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
 ) -> dict[str, Any]:
     """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
-    with Watcher(storage, run_id, config.epochs):
+    with Watcher(storage, run_id, config.last_epoch):
         result = in_a_thread(build_trainer(storage, run_id, config, plan, manifest).fit)
     return outcome_columns(storage, run_id, config, manifest, result)
 
@@ -210,6 +222,7 @@ def worker_settings(
         "pixel_std": manifest.pixel_std,
         "cuts": cuts,
         "show_bar": sys.stdout.isatty(),
+        "report_again": False,
     }
 
 
@@ -232,9 +245,17 @@ def open_datasets(
         if split == "train" and config.data_mode == "streaming":
             datasets["train"] = data.open_dataset(storage, manifest, split).limit(points[-1])
         else:
-            pieces = data.open_pieces(data.load_split(storage, manifest, split), points)
+            pieces = data.open_pieces(load_rows(storage, manifest, config, split), points)
             datasets |= {f"{split}-{k}": piece for k, piece in enumerate(pieces)}
     return datasets
+
+
+def load_rows(storage: Storage, manifest: data.Manifest, config: TrainConfig, split: str) -> data.Split:
+    """Return a split's rows; val's join those of train unless they are held out."""
+    rows = data.load_split(storage, manifest, split)
+    if split == "train" and not config.hold_out_val:
+        return data.joined(rows, data.load_split(storage, manifest, "val"))
+    return rows
 
 
 def outcome_columns(
@@ -243,42 +264,41 @@ def outcome_columns(
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
+    history = told["history"]
     if told["diverged"]:
-        return {"status": "diverged", "error": told["diverged"], "epochs_done": len(told["history"]) // 2}
+        return {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
     assert result.best_checkpoints, "training ended without a checkpoint"
     # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
-    report.write_table(storage, "epochs", run_id, told["history"])
+    report.write_table(storage, "epochs", run_id, [row for metrics in history for row in epoch_rows(metrics)])
     checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["checkpoint_score"])
     name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-    return summarise(told["history"], int(best["epoch"])) | {
-        "status": "completed",
-        "config_json": report.config_json(config),
-        "dataset_sha256": manifest.sha256,
-        "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
-        **{key: told[key] for key in ("world_size", "device", "precision", "threads_per_worker")},
-        **{key: told[key] for key in ("peak_memory_bytes", "resumed_from")},
-    }
+    facts = {key: value for key, value in told.items() if key not in ("history", "diverged")}
+    return (
+        summarise(history, int(best["epoch"]))
+        | facts
+        | {
+            "status": "completed",
+            "config_json": report.config_json(config),
+            "dataset_sha256": manifest.sha256,
+            "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
+        }
+    )
 
 
-def summarise(history: list[dict[str, Any]], best_epoch: int) -> dict[str, Any]:
-    """Return the `runs` columns that follow from the `epochs` rows.
+def summarise(history: Sequence[dict[str, Any]], best_epoch: int) -> dict[str, Any]:
+    """Return the `runs` columns that follow from the epochs' metrics.
 
-    The four numbers are those of the best epoch. `images_per_s` is the median over epochs, without the first one,
-    which pays for warming up, if there are others.
+    The losses and accuracies are those of the best epoch, None for a val that was not held out. `images_per_s` is the
+    median over epochs, without the first one, which pays for warming up, if there are others.
     """
-    rows = {(row["epoch"], row["split"]): row for row in history}
-    train, val = rows[best_epoch, "train"], rows[best_epoch, "val"]
-    rates = [row["images_per_s"] for row in history if row["split"] == "train"]
-    warm = sorted(rates[1:] or rates)
+    best = history[best_epoch - 1]
+    rates = [metrics["train_rows"] / metrics["epoch_time_s"] for metrics in history]
+    names = [f"{split}_{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
     return {
-        "epochs_done": len(rates),
+        "epochs_done": len(history),
         "best_epoch": best_epoch,
-        "train_loss": train["loss"],
-        "train_accuracy": train["accuracy"],
-        "val_loss": val["loss"],
-        "val_accuracy": val["accuracy"],
-        "images_per_s": (warm[(len(warm) - 1) // 2] + warm[len(warm) // 2]) / 2,
-    }
+        "images_per_s": statistics.median(rates[1:] or rates),
+    } | {name: best.get(name) for name in names}
 
 
 def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str, str]:

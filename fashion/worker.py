@@ -22,16 +22,22 @@ from fashion.progress import StepCounter
 
 STREAM_BUFFER_ROWS = 8192
 
+Tables = Callable[[str], Iterable[Any]]
+
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one run to its end on this rank; return what only the workers know.
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `cuts` (per split),
-    and `show_bar`. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
+    `show_bar`, and `report_again`: whether a run that goes on from a checkpoint reports its earlier epochs anew, for a
+    search that has to judge them. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
     """
+    prepare_process(settings["threads"])
     run = start_run(settings)
     rank = run.rank
     resumed_from = restore_latest(run)
+    for metrics in run.history if settings["report_again"] else ():
+        ray.train.report(run.facts() | metrics)
     steps = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
     diverged = None
     try:
@@ -40,28 +46,28 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     except loop.Diverged as error:
         # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
         diverged = str(error)
-    return {
+    return run.facts() | {
         "history": run.history,
         "diverged": diverged,
-        "world_size": rank.world_size,
-        "device": torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else "cpu",
-        "precision": run.precision,
-        "threads_per_worker": torch.get_num_threads(),
         "peak_memory_bytes": largest(fit.peak_memory_bytes()),
         "resumed_from": resumed_from,
     }
 
 
-def start_run(settings: dict[str, Any]) -> fit.Run:
-    """Set this process up and return the run at its very start, rows pulled and the network under DDP."""
-    config = TrainConfig.from_dict(settings["config"])
+def prepare_process(threads: int) -> None:
+    """Set up a process that trains: its output, its memory, and `threads` of computation."""
     quieten()
     keep_freed_memory()
     # Ray leaves a worker one thread unless told otherwise.
-    torch.set_num_threads(settings["threads"])
+    torch.set_num_threads(threads)
+
+
+def start_run(settings: dict[str, Any]) -> fit.Run:
+    """Return the run at its very start, this rank's rows pulled and the network under DDP."""
+    config = TrainConfig.from_dict(settings["config"])
     context = ray.train.get_context()
     rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank)
+    rows = open_rows(config, settings, rank, shard_tables)
     check_equal_steps(config, rows, rank)
     return fit.Run(config, rows, rank, wrap)
 
@@ -79,7 +85,10 @@ def keep_freed_memory() -> None:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """Return `model` under DDP if there is more than one worker. Its only buffers are constants, so none are sent."""
+    """Return `model` under DDP if there is more than one worker.
+
+    No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation.
+    """
     options = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
     prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     return prepared
@@ -97,7 +106,7 @@ def restore_latest(run: fit.Run) -> int | None:
 
 def report(run: fit.Run, metrics: dict[str, float]) -> None:
     """Hand the epoch to Ray Train; it is a barrier, so every rank calls it. Rank 0 brings the checkpoint."""
-    scored = metrics | {"checkpoint_score": fit.checkpoint_score(metrics)}
+    scored = run.facts() | metrics | {"checkpoint_score": fit.checkpoint_score(metrics)}
     with ExitStack() as stack:
         checkpoint = None
         if run.rank.rank == 0:
@@ -128,8 +137,11 @@ def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> No
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Rows:
-    """Pull this rank's val rows, and its training rows or the means to stream them."""
+def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank, tables_of: Tables) -> fit.Rows:
+    """Pull this rank's val rows, and its training rows or the means to stream them.
+
+    `tables_of(name)` yields the tables of the dataset `name`, such as `train-0`.
+    """
     cuts: dict[str, list[int]] = settings["cuts"]
     num_train_rows = cuts["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)
@@ -137,11 +149,11 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
     if config.data_mode == "streaming":
         train_batches = streaming_batches(config, rank, num_steps)
     else:
-        images, labels = pull_shard("train", cuts["train"], rank)
+        images, labels = pull_shard("train", cuts["train"], rank, tables_of)
         train_batches = fit.resident_batches(config, images, labels, rank, num_steps)
     return fit.Rows(
         train_batches=train_batches,
-        val=pull_shard("val", cuts["val"], rank),
+        val=pull_shard("val", cuts["val"], rank, tables_of),
         num_train_rows=num_train_rows,
         num_val_rows=cuts["val"][-1],
         pixel_mean=settings["pixel_mean"],
@@ -149,16 +161,19 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
     )
 
 
-def pull_shard(split: str, cuts: list[int], rank: fit.Rank) -> loop.Batch:
+def pull_shard(split: str, cuts: list[int], rank: fit.Rank, tables_of: Tables) -> loop.Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
-    tables: list[pa.Table] = []
-    for piece in data.pieces_of_shard(cuts, rank.rank, rank.world_size):
-        shard = ray.train.get_dataset_shard(f"{split}-{piece}")
-        tables.extend(as_tables(shard.iter_batches(batch_size=None, batch_format="pyarrow")))
+    pieces = data.pieces_of_shard(cuts, rank.rank, rank.world_size)
+    tables = [table for piece in pieces for table in as_tables(tables_of(f"{split}-{piece}"))]
     rows = data.from_table(pa.concat_tables(tables) if tables else data.SCHEMA.empty_table())
     start, stop = data.shard_bounds(cuts[-1], rank.rank, rank.world_size)
     assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
     return to_tensors(rows, rank.device)
+
+
+def shard_tables(name: str) -> Iterator[Any]:
+    """Yield the tables of a dataset that Ray Train was given."""
+    yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def as_tables(batches: Iterable[Any]) -> Iterator[pa.Table]:

@@ -30,7 +30,7 @@ def make(**settings: object) -> FashionCNN:
 def test_parameters_layer_by_layer(padding: str) -> None:
     model = make(padding=padding)
     assert {name: count_parameters(getattr(model, name)) for name in PUBLISHED_LAYERS} == PUBLISHED_LAYERS
-    assert count_parameters(model) == NUM_PARAMETERS == 7_001_194
+    assert count_parameters(model) == NUM_PARAMETERS["vgg"] == 7_001_194
 
 
 def test_raw_images_to_logits() -> None:

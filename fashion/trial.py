@@ -1,0 +1,141 @@
+"""What one trial of a search runs in its process of Ray Tune: the training loop itself, or a `TorchTrainer` around it.
+
+Both report an epoch at a time, with the same columns, and wait for the scheduler's word. A trial that goes on from a
+checkpoint reports its earlier epochs again: the scheduler knows those that it judged, and judges those that it missed.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+import torch
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from fashion import checkpoint, fit, loop, worker
+from fashion.config import TrainConfig, UserError
+from fashion.report import SEARCHES_FOLDER
+from fashion.storage import Storage, open_storage
+
+TRIAL = "trial"
+"""Key of a trial's own name, such as `t0003`, among its settings; Tune's ids differ from one life to the next."""
+CHECKPOINTS = "checkpoints"
+METRIC = "val_accuracy"
+
+
+def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
+    """Run the trial of `point`: its name and settings. `shared` is what all trials of the search have in common.
+
+    `shared` holds `base` (`TrainConfig.to_dict()`), `storage` and `search_id`, `workers_per_trial`, and what
+    `worker.train_loop_per_worker` is told; for one worker also `tables` (dataset -> reference to its table) and
+    `use_gpu`, for several `datasets` and `scaling`.
+    """
+    settings = {name: value for name, value in point.items() if name != TRIAL}
+    try:
+        config = TrainConfig.from_dict(shared["base"] | settings)
+    except UserError as error:
+        # No second try would find other settings, so it is a result and no crash.
+        end_badly(0, "refused", str(error))
+        return
+    run_trial = train_here if shared["workers_per_trial"] == 1 else train_with_workers
+    run_trial(config, (SEARCHES_FOLDER, shared["search_id"], point[TRIAL], CHECKPOINTS), shared)
+
+
+def end_badly(epoch: int, reason: str, message: str) -> None:
+    """Report that the trial is over at `epoch`, as the worst there is: not as NaN, which no comparison stops."""
+    ray.tune.report({"epoch": epoch, METRIC: 0.0, reason: message})
+
+
+def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
+    """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
+    worker.prepare_process(shared["threads"])
+    rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
+    rows = worker.open_rows(config, shared, rank, lambda name: [ray.get(shared["tables"][name])])
+    run = fit.Run(config, rows, rank, wrap=lambda model: model)
+    keeper = Keeper(open_storage(shared["storage"]), folder)
+    keeper.restore(run)
+    for metrics in run.history:
+        report(run, metrics)
+    try:
+        for metrics in run.epochs():
+            keeper.save(run)
+            report(run, metrics)
+    except loop.Diverged as error:
+        end_badly(run.epochs_done + 1, "diverged", str(error))
+
+
+def report(run: fit.Run, metrics: dict[str, float]) -> None:
+    """Hand an epoch to Tune and wait; if the trial is stopped here, this does not return."""
+    ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
+
+
+def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
+    """Train with several workers: a Ray Train run of its own, whose controller forwards each epoch to Tune.
+
+    Started again under the same name and place, Ray Train goes on from the run's latest checkpoint by itself.
+    """
+    storage = open_storage(shared["storage"])
+    result = TorchTrainer(
+        worker.train_loop_per_worker,
+        train_loop_config=shared["worker_settings"] | {"config": config.to_dict()},
+        datasets=shared["datasets"],
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+        scaling_config=shared["scaling"],
+        run_config=ray.train.RunConfig(
+            name=folder[-1],
+            storage_path=storage.path(*folder[:-1]),
+            storage_filesystem=storage.fs,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[TuneReportCallback()],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    ).fit()
+    told = result.return_value
+    assert told is not None, "rank 0 returned nothing"
+    if told["diverged"]:
+        end_badly(len(told["history"]) + 1, "diverged", told["diverged"])
+
+
+class Keeper:
+    """Keeps the latest checkpoint of a trial in the storage: a new one is complete before the old one goes."""
+
+    def __init__(self, storage: Storage, folder: tuple[str, ...]) -> None:
+        """Keep checkpoints below `folder`, one folder for each epoch."""
+        self._storage = storage
+        self._folder = folder
+
+    def save(self, run: fit.Run) -> None:
+        """Save `run` after its latest epoch and remove earlier checkpoints."""
+        earlier = self._epochs()
+        name = f"epoch-{run.epochs_done:04d}"
+        with tempfile.TemporaryDirectory() as temporary:
+            run.save(Path(temporary))
+            # The manifest goes last: without it, a folder is no checkpoint.
+            for file in (*checkpoint.FILES, checkpoint.MANIFEST):
+                self._storage.write_bytes((Path(temporary) / file).read_bytes(), *self._folder, name, file)
+        for old in earlier:
+            if old != name:
+                self._storage.delete_folder(*self._folder, old)
+
+    def restore(self, run: fit.Run) -> None:
+        """Continue `run` from the latest checkpoint that is whole; without one it stays at its start."""
+        for name in reversed(self._epochs()):
+            with tempfile.TemporaryDirectory() as temporary:
+                try:
+                    for file in (*checkpoint.FILES, checkpoint.MANIFEST):
+                        content = self._storage.read_bytes(*self._folder, name, file)
+                        (Path(temporary) / file).write_bytes(content)
+                    run.restore(Path(temporary))
+                except (FileNotFoundError, checkpoint.DamagedCheckpoint):
+                    continue  # torn by a kill in mid-save; the one before is still there
+            return
+
+    def _epochs(self) -> list[str]:
+        return sorted(name for name in self._storage.list(*self._folder) if name.startswith("epoch-"))
+
+
+Trainable = Callable[[dict[str, Any]], None]
