@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +27,7 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
 
     A wrong or missing flag becomes a `UserError` of one line; `--help` prints and exits with 0.
     """
+    refuse_repeated(argv)
     complaint = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     flat = (tyro.conf.OmitArgPrefixes,)
@@ -37,6 +39,14 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         if stop.code == 0:
             raise
         raise UserError(f"{one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def refuse_repeated(argv: Sequence[str]) -> None:
+    """Raise `UserError` if a flag is given twice: the parser would take the last one without a word."""
+    names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"{name} is given {times} times; give it once, several values after it where it takes them")
 
 
 def one_line(box: str) -> str:

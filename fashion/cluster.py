@@ -3,7 +3,7 @@
 import logging
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,14 @@ import torch
 from fashion import loop
 from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.data import Manifest
+from fashion.space import SearchConfig, SearchScale
 
 # Ray Train polls its workers this often (default 2 s), which would cap a run at one report per two seconds.
 HEALTH_CHECK_INTERVAL_S = "0.5"
+# Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
+CHECKPOINT_MB = 92
+# Memory of the two processes that a trial with workers of its own adds to them: the trial's and a controller.
+NESTED_TRIAL_BYTES = 1_000_000_000
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -121,8 +126,8 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         + (" + 1 to read rows" if reserved else "")
         + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
     )
-    # A worker lives on one node. The small term keeps ten workers of 0.1 CPU from missing a CPU by rounding.
-    places = sum(int(node.get("CPU", 0.0) / scale.cpus_per_worker + 1e-9) for node in nodes)
+    # A worker lives on one node.
+    places = sum(worker_places(node, scale.cpus_per_worker, 0.0) for node in nodes)
     require(
         low <= places,
         f"--num-workers {scale.num_workers} of {scale.cpus_per_worker:g} CPUs do not fit: the cluster's "
@@ -147,6 +152,81 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         num_nodes=len(nodes),
         dataset=f"{manifest.dataset} ({manifest.sha256[:12]})",
     )
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search will occupy."""
+
+    trial: Plan
+    """One trial."""
+    num_trials: int
+    concurrent: int
+    """Trials at a time."""
+    gpus_per_trial: float
+    rungs: list[int]
+    max_epochs: int
+
+    def process_resources(self) -> dict[str, float]:
+        """Return what Ray reserves for a trial's own process: no CPU if its workers are processes of their own."""
+        if self.trial.num_workers[0] > 1:
+            return {"memory": NESTED_TRIAL_BYTES}
+        return {"CPU": self.trial.cpus_per_worker} | ({"GPU": self.gpus_per_trial} if self.gpus_per_trial else {})
+
+    def lines(self) -> list[str]:
+        """Return the plan in words, one fact a line."""
+        workers = self.trial.num_workers[0]
+        each = f"{workers} worker(s) of {self.trial.cpus_per_worker:g} CPU"
+        each += f" and {self.gpus_per_trial:g} GPU(s)" if self.gpus_per_trial else ""
+        own = {line.split()[0]: line for line in self.trial.lines()}
+        judged = ", ".join(str(rung) for rung in self.rungs)
+        return [
+            own["cluster"],
+            f"trials     {self.num_trials}, {self.concurrent} at a time, each {each}, "
+            f"{self.trial.threads_per_worker} thread(s)",
+            f"epochs     {self.max_epochs} at most, judged after {judged}",
+            own["batch"],
+            own["data"],
+            own["precision"],
+            f"disk       {2 * self.concurrent} checkpoints at most, of unfinished trials, about "
+            f"{2 * self.concurrent * CHECKPOINT_MB / 1000:.1f} GB",
+        ]
+
+
+def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale, manifest: Manifest) -> SearchPlan:
+    """Fit a search to the live cluster; raises `UserError` with the numbers when not even one trial fits."""
+    workers = config.workers_per_trial
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_each = scale.gpus_per_trial / workers
+    places = sum(worker_places(node, scale.cpus_per_worker, gpus_each) for node in nodes)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    require(
+        places >= workers,
+        f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not fit: "
+        f"the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; lower one of them",
+    )
+    one = make_plan(
+        base, ScaleConfig(num_workers=str(workers), cpus_per_worker=scale.cpus_per_worker, use_gpu="no"), manifest
+    )
+    use_gpu = scale.gpus_per_trial > 0
+    concurrent = min(places // workers, config.num_samples)
+    if workers > 1:
+        memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
+        concurrent = max(1, min(concurrent, memory))
+    return SearchPlan(
+        trial=replace(one, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
+        num_trials=config.num_samples,
+        concurrent=min(concurrent, scale.max_concurrent or concurrent),
+        gpus_per_trial=scale.gpus_per_trial,
+        rungs=config.rungs,
+        max_epochs=config.max_epochs,
+    )
+
+
+def worker_places(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Return how many workers a node holds. The small term keeps ten of 0.1 CPU from missing a CPU by rounding."""
+    by_cpu = int(node.get("CPU", 0.0) / cpus + 1e-9)
+    return min(by_cpu, int(node.get("GPU", 0.0) / gpus + 1e-9)) if gpus else by_cpu
 
 
 def describe_precision(precision: str, use_gpu: bool) -> str:

@@ -5,9 +5,7 @@ Users' mistakes raise `UserError` with the value, the limit and the way out.
 """
 
 import dataclasses
-import json
 import math
-import random
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -195,162 +193,6 @@ class ScaleConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """What a search tries and how it spends its epochs. A range is LOW HIGH, both included."""
-
-    num_samples: int = 16
-    """Trials, 1 to 10000."""
-    max_epochs: int = 6
-    """Epochs of a trial that is never stopped, and of its schedule, >= 1."""
-    grace_epochs: int = 1
-    """Epochs that a trial runs before it is judged for the first time, 1 to --max-epochs."""
-    reduction_factor: int = 3
-    """At each rung about one trial in this many goes on, and rungs lie this factor apart, >= 2."""
-    sampler: Literal["random", "tpe"] = "random"
-    """Where settings come from: independent draws, or Optuna's TPE, which learns from the trials before."""
-    lr: tuple[float, float] = (3e-4, 3e-2)
-    """Peak learning rates, log-uniform."""
-    dropout_conv: tuple[float, float] = (0.0, 0.5)
-    """Dropout rates of the convolution blocks, uniform."""
-    dropout_fc: tuple[float, float] = (0.0, 0.7)
-    """Dropout rates of the linear layers, uniform."""
-    weight_decay: tuple[float, float] | None = None
-    """Weight decays, log-uniform; the preset's if not given."""
-    label_smoothing: tuple[float, float] | None = None
-    """Label smoothing, uniform; the preset's if not given."""
-    padding: tuple[Padding, ...] = ()
-    """Paddings to choose from; the preset's if not given."""
-    depth: tuple[Depth, ...] = ()
-    """Networks to choose from: vgg (7,001,194 parameters), deep (7,628,202), deep-bn (7,630,122)."""
-    first: tuple[str, ...] = ()
-    """Settings to try before any are drawn, each a JSON object such as '{"lr": 0.001}'; the rest of it is drawn."""
-    workers_per_trial: int = 1
-    """Workers of each trial; one runs in the trial's own process, more are a Ray Train run of their own, >= 1."""
-    seed: int = 0
-    """Seed of the draws, and of every trial's weights and order, 0 to 2**31 - 1."""
-
-    def __post_init__(self) -> None:
-        limits = {"num_samples": (1, 10_000), "max_epochs": (1, 100_000), "grace_epochs": (1, self.max_epochs)}
-        limits |= {"reduction_factor": (2, 1000), "workers_per_trial": (1, 10_000), "seed": (0, 2**31 - 1)}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            require(low <= value <= high, f"{flag(name)} {value} must lie between {low} and {high}")
-        for name in LOG_UNIFORM + UNIFORM:
-            bounds = getattr(self, name)
-            if bounds is not None:
-                self._check_range(name, *bounds)
-        for name in CHOICES:
-            values = getattr(self, name)
-            require(len(set(values)) == len(values), f"{flag(name)} names {' '.join(values)}: each one once")
-        known = self.searched()
-        for text in self.first:
-            unknown = sorted(set(parse_settings(text)) - set(known))
-            require(
-                not unknown, f"--first {text} sets {', '.join(unknown)}; this search draws {', '.join(sorted(known))}"
-            )
-
-    @staticmethod
-    def _check_range(name: str, low: float, high: float) -> None:
-        require(
-            math.isfinite(low) and math.isfinite(high) and low <= high,
-            f"{flag(name)} {low} {high} must be two finite numbers, the lower one first",
-        )
-        require(name not in LOG_UNIFORM or low > 0, f"{flag(name)} {low} {high} is log-uniform; LOW must be above 0")
-        for value in (low, high):
-            TrainConfig.from_dict({name: value})  # what no run takes, no search draws
-
-    def searched(self) -> list[str]:
-        """Return the settings that the search draws."""
-        return [name for name in LOG_UNIFORM + UNIFORM + CHOICES if getattr(self, name)]
-
-    @property
-    def rungs(self) -> list[int]:
-        """Epochs at which trials are judged, ascending; computed as Ray 2.60's scheduler does."""
-        count = int(math.log(self.max_epochs / self.grace_epochs) / math.log(self.reduction_factor) + 1)
-        return [self.grace_epochs * self.reduction_factor**k for k in range(count)]
-
-    def planted(self, number: int) -> dict[str, Any]:
-        """Return what `first` sets in trial `number`, counted from 0."""
-        return parse_settings(self.first[number]) if number < len(self.first) else {}
-
-    def draw(self, number: int) -> dict[str, Any]:
-        """Return the settings of trial `number` by seed: each depends on seed, trial and name alone."""
-        settings: dict[str, Any] = {}
-        for name in self.searched():
-            source = random.Random(f"{self.seed}/{number}/{name}")  # noqa: S311  # nothing to keep secret
-            values = getattr(self, name)
-            if name in CHOICES:
-                settings[name] = source.choice(values)
-            elif name in LOG_UNIFORM:
-                settings[name] = math.exp(source.uniform(math.log(values[0]), math.log(values[1])))
-            else:
-                settings[name] = source.uniform(*values)
-        return settings | self.planted(number)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values, as JSON gives them."""
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**plain)
-
-
-LOG_UNIFORM = ("lr", "weight_decay")
-UNIFORM = ("dropout_conv", "dropout_fc", "label_smoothing")
-CHOICES = ("padding", "depth")
-
-
-def parse_settings(text: str) -> dict[str, Any]:
-    """Parse a JSON object of settings; raises `UserError`."""
-    try:
-        settings: Any = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--first {text} is not JSON ({error}); write it as '{{\"lr\": 0.001}}'") from error
-    require(isinstance(settings, dict), f"--first {text} must be a JSON object such as '{{\"lr\": 0.001}}'")
-    return dict(settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchScale:
-    """What a search may occupy, and for how long; it may differ from one life of a search to the next."""
-
-    cpus_per_worker: float = 1.0
-    """CPUs reserved for each worker of a trial, > 0; the worker runs that many threads (at least one)."""
-    gpus_per_trial: float = 0.0
-    """GPUs of a trial: with one worker a fraction shares a GPU, with several there is one for each."""
-    max_concurrent: int = 0
-    """Most trials at a time; 0 computes it from the live cluster."""
-    time_budget_s: float = 0.0
-    """Seconds after which the search ends with what it has; 0 sets no limit."""
-
-    def __post_init__(self) -> None:
-        ScaleConfig(num_workers="1", cpus_per_worker=self.cpus_per_worker)
-        for name in ("gpus_per_trial", "max_concurrent", "time_budget_s"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{flag(name)} {value} must be finite and at least 0")
-        whole = self.gpus_per_trial < 1 or self.gpus_per_trial == int(self.gpus_per_trial)
-        require(whole, f"--gpus-per-trial {self.gpus_per_trial} must be a whole number, or a fraction below 1")
-
-    def check_workers(self, workers_per_trial: int) -> None:
-        """Raise `UserError` unless the GPUs of a trial divide among its workers: NCCL takes one rank per GPU."""
-        require(
-            workers_per_trial == 1 or self.gpus_per_trial in (0, workers_per_trial),
-            f"--gpus-per-trial {self.gpus_per_trial:g} with --workers-per-trial {workers_per_trial} must be 0 or "
-            f"{workers_per_trial}: one GPU for each worker",
-        )
-        require(
-            workers_per_trial > 1 or self.gpus_per_trial <= 1,
-            f"--gpus-per-trial {self.gpus_per_trial:g} is more than the one GPU that one worker uses; "
-            "take at most 1, or more --workers-per-trial",
-        )
-
-
 def flag(field_name: str) -> str:
     """Return the command-line spelling of a field: `dropout_fc` is `--dropout-fc`."""
     return "--" + field_name.replace("_", "-")
@@ -361,11 +203,11 @@ def unknown_preset(name: str) -> str:
     return f"--preset {name} does not exist; known are {', '.join(PRESET_NAMES)}"
 
 
-def check_run_id(run_id: str) -> None:
-    """Raise `UserError` unless `run_id` is safe as a folder name and never read back as a number."""
+def check_run_id(run_id: str, name: str = "--run-id") -> None:
+    """Raise `UserError` unless `run_id`, the value of the flag `name`, is a safe folder name and reads as no number."""
     require(
         RUN_ID_PATTERN.fullmatch(run_id) is not None,
-        f"--run-id {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100)",
+        f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100)",
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fashion import checkpoint, loop
 from fashion.config import TrainConfig
+from fashion.metrics import Metrics
 from fashion.model import FashionCNN, initialise, place
 from fashion.optimizer import build_optimizer
 
@@ -61,7 +62,7 @@ class Run:
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
         self.optimizer = build_optimizer(config, self.model)
         self.wrapped = wrap(self.model)
-        self.history: list[dict[str, float]] = []
+        self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
 
     @property
@@ -91,7 +92,7 @@ class Run:
     def ignore_step(epoch: int, step: int) -> None:
         """Do nothing: the observer of steps where nobody looks."""
 
-    def epochs(self, on_step: Callable[[int, int], None] = ignore_step) -> Iterator[dict[str, float]]:
+    def epochs(self, on_step: Callable[[int, int], None] = ignore_step) -> Iterator[Metrics]:
         """Train the remaining epochs; after each, yield its metrics, the same on all ranks but for the times.
 
         Raises `loop.Diverged` on all ranks together.
@@ -103,7 +104,7 @@ class Run:
             self.history.append(metrics)
             yield metrics
 
-    def _train(self, epoch: int, on_step: Callable[[int, int], None]) -> dict[str, float]:
+    def _train(self, epoch: int, on_step: Callable[[int, int], None]) -> Metrics:
         config, device = self.config, self.rank.device
         # Dropout draws from the global generator: keyed like the rest, and different on every rank.
         torch.manual_seed(loop.stream_seed(config.seed, epoch, self.rank.rank, 2))
@@ -130,7 +131,7 @@ class Run:
             "data_wait_s": trained.data_wait_s,
         }
 
-    def _evaluate(self, epoch: int) -> dict[str, float]:
+    def _evaluate(self, epoch: int) -> Metrics:
         started = time.perf_counter()
         loop.average_statistics(self.model)
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
@@ -163,37 +164,6 @@ def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> Fas
     )
     initialise(model, config.init)
     return model
-
-
-def epoch_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the rows of the `epochs` table of one epoch's metrics: train, and val if it was held out."""
-    times = {"train": ("epoch_time_s", "data_wait_s"), "val": ("val_time_s", "")}
-    return [
-        {
-            "epoch": int(metrics["epoch"]),
-            "split": split,
-            "loss": metrics[f"{split}_loss"],
-            "accuracy": metrics[f"{split}_accuracy"],
-            "rows": int(metrics[f"{split}_rows"]),
-            "lr": metrics["lr"],
-            "epoch_time_s": metrics[spent],
-            "data_wait_s": metrics.get(waited, 0.0),
-            "images_per_s": metrics[f"{split}_rows"] / metrics[spent],
-        }
-        for split, (spent, waited) in times.items()
-        if f"{split}_loss" in metrics
-    ]
-
-
-def checkpoint_score(metrics: dict[str, float]) -> float:
-    """Return what the best checkpoint has most of: val accuracy, and of equal ones the lower val loss.
-
-    Accuracy, because it is what the project claims, and because val loss turns upward from overconfidence while
-    accuracy still rises; the loss term is below half a row of val and only breaks ties. Without val the last is best.
-    """
-    if "val_accuracy" not in metrics:
-        return metrics["epoch"]
-    return metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0)
 
 
 def resident_batches(

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fashion import report
 from fashion.config import UserError
-from fashion.fit import epoch_rows
+from fashion.metrics import epoch_rows
 from fashion.storage import Storage
 
 SECONDS_BETWEEN_STEPS = 0.5

@@ -83,6 +83,30 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("images_per_s", pa.float64()),
         ]
     ),
+    "trials": pa.schema(
+        [
+            ("search_id", pa.string()),
+            ("trial_id", pa.string()),  # t0000, t0001, ... in the order in which they were drawn
+            ("status", pa.string()),  # running, completed, stopped, diverged or error
+            ("error", pa.string()),
+            ("lr", pa.float64()),
+            ("dropout_conv", pa.float64()),
+            ("dropout_fc", pa.float64()),
+            ("weight_decay", pa.float64()),
+            ("label_smoothing", pa.float64()),
+            ("padding", pa.string()),
+            ("depth", pa.string()),
+            ("settings_json", pa.string()),  # all that was drawn
+            ("max_epochs", pa.int32()),
+            ("epochs_done", pa.int32()),
+            ("rung", pa.int32()),  # epoch of the last rung that the trial reached; null before the first
+            ("best_epoch", pa.int32()),
+            ("val_loss", pa.float64()),  # of the best epoch
+            ("val_accuracy", pa.float64()),
+            ("last_val_accuracy", pa.float64()),
+            ("wall_s", pa.float64()),  # all lives of the trial together
+        ]
+    ),
     "predictions": pa.schema(
         [
             ("split", pa.string()),
@@ -127,6 +151,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         [("split", pa.string()), ("label", pa.uint8()), ("predicted", pa.uint8()), ("count", pa.int64())]
     ),
 }
+
+FACTS = ("world_size", "device", "precision", "threads_per_worker", "peak_memory_bytes")
+"""Columns of `runs` that the process which trains knows and nobody else."""
 
 
 def write_table(storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table) -> str:

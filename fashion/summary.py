@@ -1,12 +1,18 @@
 """What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fashion.cluster import Plan
+    from fashion.cluster import Plan, SearchPlan
+    from fashion.search import Found
+    from fashion.space import SearchConfig
+    from fashion.storage import Storage
+
+BEST_TRIALS = 8
 
 # The article's table for the same network; its test loss turns upward after epoch 10.
 PUBLISHED = {
@@ -44,6 +50,46 @@ def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was
     )
     for name, path in paths.items():
         print(f"{name}: {path}")
+
+
+def print_search_plan(search_id: str, storage: str, plan: "SearchPlan") -> None:
+    """Print what a search will run where."""
+    print(f"search     {search_id}\nstorage    {storage}")
+    print("\n".join(plan.lines()), flush=True)
+
+
+def print_search(search_id: str, config: "SearchConfig", found: "Found", storage: "Storage") -> None:
+    """Print a search's best trials, what stopping early has saved, the refitted winner, and where things lie."""
+    if found.was_finished:
+        print(f"search {search_id} is finished already; nothing to do")
+    names = config.searched()
+    table = Table(title=f"{search_id}: the best of {len(found.trials)} trials")
+    for name in ("trial", "status", *names, "epochs", "best epoch", "val accuracy", "val loss"):
+        table.add_column(name, justify="left" if name in ("trial", "status") else "right")
+    for trial in found.trials[:BEST_TRIALS]:
+        best = trial.best or {}
+        figures = [f"{best[name]:.4f}" if name in best else "-" for name in ("val_accuracy", "val_loss")]
+        settings = [shorten(trial.settings.get(name)) for name in names]
+        epochs = (str(len(trial.history)), str(best.get("epoch", "-")))
+        table.add_row(trial.trial_id, trial.status, *settings, *epochs, *figures)
+    Console(width=120).print(table)
+    print_spent(config, found)
+    if found.refit is not None:
+        print_result(found.refit.run_id, found.refit.row, found.refit.paths, was_finished=found.refit.was_finished)
+    print(f"search: {storage.show('searches', search_id)}\nreports: {storage.show('reports', 'trials')}")
+
+
+def print_spent(config: "SearchConfig", found: "Found") -> None:
+    """Print how trials ended, and the epochs that they took against those of full trials."""
+    counts = Counter(trial.status for trial in found.trials)
+    spent, full = sum(len(trial.history) for trial in found.trials), config.max_epochs * len(found.trials)
+    print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    print(f"{spent} epochs trained, {spent / full:.0%} of the {full} that full trials would have cost")
+
+
+def shorten(value: Any) -> str:
+    """Write a setting in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_classes(classes: list[dict[str, Any]]) -> None:

@@ -2,11 +2,10 @@
 
 import queue
 import secrets
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -18,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from fashion import cluster, data, evaluation, report
 from fashion.cluster import Plan
 from fashion.config import ScaleConfig, TrainConfig
-from fashion.fit import epoch_rows
+from fashion.metrics import epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
 from fashion.progress import EpochsWriter, Watcher
 from fashion.storage import Storage
@@ -172,13 +171,13 @@ def in_a_thread(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def brief(error: Exception) -> str:
-    """Return an error as one line of at most 500 characters; of a worker group's, what its first rank said."""
+def brief(error: BaseException) -> str:
+    """Return an error's last line, at most 500 characters; of a worker group's error, that of its first rank."""
     failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return " ".join(str(error).split())[-500:]
-    rank, first = min(failures.items())
-    return f"worker {rank}: {' '.join(str(first).split())[-500:]}"
+    rank, first = min(failures.items()) if failures else (None, error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    last = (lines[-1] if lines else type(first).__name__)[:500]
+    return last if rank is None else f"worker {rank}: {last}"
 
 
 def build_trainer(
@@ -222,7 +221,7 @@ def worker_settings(
         "pixel_std": manifest.pixel_std,
         "cuts": cuts,
         "show_bar": sys.stdout.isatty(),
-        "report_again": False,
+        "trial": "",
     }
 
 
@@ -264,15 +263,14 @@ def outcome_columns(
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
-    history = told["history"]
+    history, facts = told["history"], {name: told[name] for name in (*report.FACTS, "resumed_from")}
     if told["diverged"]:
-        return {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
+        return facts | {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
     assert result.best_checkpoints, "training ended without a checkpoint"
     # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
     report.write_table(storage, "epochs", run_id, [row for metrics in history for row in epoch_rows(metrics)])
     checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["checkpoint_score"])
     name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-    facts = {key: value for key, value in told.items() if key not in ("history", "diverged")}
     return (
         summarise(history, int(best["epoch"]))
         | facts
@@ -283,22 +281,6 @@ def outcome_columns(
             "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
         }
     )
-
-
-def summarise(history: Sequence[dict[str, Any]], best_epoch: int) -> dict[str, Any]:
-    """Return the `runs` columns that follow from the epochs' metrics.
-
-    The losses and accuracies are those of the best epoch, None for a val that was not held out. `images_per_s` is the
-    median over epochs, without the first one, which pays for warming up, if there are others.
-    """
-    best = history[best_epoch - 1]
-    rates = [metrics["train_rows"] / metrics["epoch_time_s"] for metrics in history]
-    names = [f"{split}_{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
-    return {
-        "epochs_done": len(history),
-        "best_epoch": best_epoch,
-        "images_per_s": statistics.median(rates[1:] or rates),
-    } | {name: best.get(name) for name in names}
 
 
 def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ checkpoint reports its earlier epochs again: the scheduler knows those that it j
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,16 @@ import ray
 import ray.train
 import ray.tune
 import torch
+from ray import PlacementGroupID
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup
 
 from fashion import checkpoint, fit, loop, worker
 from fashion.config import TrainConfig, UserError
+from fashion.metrics import Metrics
 from fashion.report import SEARCHES_FOLDER
 from fashion.storage import Storage, open_storage
 
@@ -68,7 +72,7 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
         end_badly(run.epochs_done + 1, "diverged", str(error))
 
 
-def report(run: fit.Run, metrics: dict[str, float]) -> None:
+def report(run: fit.Run, metrics: Metrics) -> None:
     """Hand an epoch to Tune and wait; if the trial is stopped here, this does not return."""
     ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
 
@@ -79,9 +83,9 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
     Started again under the same name and place, Ray Train goes on from the run's latest checkpoint by itself.
     """
     storage = open_storage(shared["storage"])
-    result = TorchTrainer(
+    result = TrialTrainer(
         worker.train_loop_per_worker,
-        train_loop_config=shared["worker_settings"] | {"config": config.to_dict()},
+        train_loop_config=shared["worker_settings"] | {"config": config.to_dict(), "trial": "/".join(folder[1:3])},
         datasets=shared["datasets"],
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         scaling_config=shared["scaling"],
@@ -98,6 +102,27 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
     assert told is not None, "rank 0 returned nothing"
     if told["diverged"]:
         end_badly(len(told["history"]) + 1, "diverged", told["diverged"])
+
+
+class TrialTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """A `TorchTrainer` that leaves it to the search to free its workers when Tune stops the trial.
+
+    Ray 2.60 starts a process for each trainer to do so, which stays if it gets no answer from a dashboard, or
+    finds another Ray on the machine; the placement group then stays too, and the next trial waits for ever.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def remove_workers(search_id: str, trial_id: str) -> None:
+    """Remove the placement group of a trial's workers, and with it the workers, if there are any."""
+    key = worker.placement_key(f"{search_id}/{trial_id}")
+    binary = _internal_kv_get(key)
+    if binary:
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(binary)))
+        _internal_kv_del(key)
 
 
 class Keeper:
@@ -136,6 +161,3 @@ class Keeper:
 
     def _epochs(self) -> list[str]:
         return sorted(name for name in self._storage.list(*self._folder) if name.startswith("epoch-"))
-
-
-Trainable = Callable[[dict[str, Any]], None]

@@ -13,11 +13,13 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.experimental.internal_kv import _internal_kv_put
 from torch import Tensor, nn
 
 from fashion import data, fit, loop
 from fashion.cluster import quieten
 from fashion.config import TrainConfig
+from fashion.metrics import Metrics, checkpoint_score
 from fashion.progress import StepCounter
 
 STREAM_BUFFER_ROWS = 8192
@@ -29,15 +31,18 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one run to its end on this rank; return what only the workers know.
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `cuts` (per split),
-    `show_bar`, and `report_again`: whether a run that goes on from a checkpoint reports its earlier epochs anew, for a
-    search that has to judge them. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
+    `show_bar`, and `trial`: the name of the trial that the run is, or an empty string. A trial that goes on from a
+    checkpoint reports its earlier epochs anew, for the search to judge them. Reports once per epoch from every rank;
+    rank 0 attaches the checkpoint.
     """
     prepare_process(settings["threads"])
     run = start_run(settings)
     rank = run.rank
     resumed_from = restore_latest(run)
-    for metrics in run.history if settings["report_again"] else ():
-        ray.train.report(run.facts() | metrics)
+    if settings["trial"]:
+        note_placement_group(settings["trial"])
+        for metrics in run.history:
+            ray.train.report(run.facts() | metrics)
     steps = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
     diverged = None
     try:
@@ -72,6 +77,18 @@ def start_run(settings: dict[str, Any]) -> fit.Run:
     return fit.Run(config, rows, rank, wrap)
 
 
+def note_placement_group(trial: str) -> None:
+    """Leave a note of where a trial's workers live: see `trial.remove_workers`."""
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "Ray Train puts its workers into a placement group"
+    _internal_kv_put(placement_key(trial), group.id.binary(), overwrite=True)
+
+
+def placement_key(trial: str) -> bytes:
+    """Return the key, in Ray's key-value store, of the id of a trial's placement group."""
+    return f"fashion/placement/{trial}".encode()
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks for reuse.
 
@@ -104,9 +121,9 @@ def restore_latest(run: fit.Run) -> int | None:
     return run.epochs_done
 
 
-def report(run: fit.Run, metrics: dict[str, float]) -> None:
+def report(run: fit.Run, metrics: Metrics) -> None:
     """Hand the epoch to Ray Train; it is a barrier, so every rank calls it. Rank 0 brings the checkpoint."""
-    scored = run.facts() | metrics | {"checkpoint_score": fit.checkpoint_score(metrics)}
+    scored = run.facts() | metrics | {"checkpoint_score": checkpoint_score(metrics)}
     with ExitStack() as stack:
         checkpoint = None
         if run.rank.rank == 0:

@@ -1,0 +1,72 @@
+"""An epoch's metrics: one dictionary per epoch, the same on all ranks, and what follows from it for the reports.
+
+Keys: `epoch` from 1; `train_` and, if val is held out, `val_` with `loss` (nats per row), `accuracy` (0..1) and `rows`;
+`lr`; `epoch_time_s`, `data_wait_s` (the slowest rank's) and `val_time_s`. Knows the standard library only.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Metrics = dict[str, Any]
+
+TIMES = {"train": ("epoch_time_s", "data_wait_s"), "val": ("val_time_s", "val_wait_s")}
+"""Per split: the metrics that are its row's `epoch_time_s` and `data_wait_s`."""
+
+
+def epoch_rows(metrics: Metrics) -> list[dict[str, Any]]:
+    """Return the rows of the `epochs` table of one epoch: train, and val if it was held out."""
+    return [
+        {
+            "epoch": int(metrics["epoch"]),
+            "split": split,
+            "loss": metrics[f"{split}_loss"],
+            "accuracy": metrics[f"{split}_accuracy"],
+            "rows": int(metrics[f"{split}_rows"]),
+            "lr": metrics["lr"],
+            "epoch_time_s": metrics[spent],
+            "data_wait_s": metrics.get(waited, 0.0),
+            "images_per_s": metrics[f"{split}_rows"] / metrics[spent],
+        }
+        for split, (spent, waited) in TIMES.items()
+        if f"{split}_loss" in metrics
+    ]
+
+
+def from_rows(rows: Sequence[dict[str, Any]]) -> list[Metrics]:
+    """Return the metrics, epoch after epoch, that `epochs` rows were made from."""
+    found: dict[int, Metrics] = {}
+    for row in sorted(rows, key=lambda row: (row["epoch"], row["split"])):
+        split = row["split"]
+        spent, waited = TIMES[split]
+        metrics = found.setdefault(row["epoch"], {"epoch": row["epoch"], "lr": row["lr"]})
+        metrics |= {f"{split}_{name}": row[name] for name in ("loss", "accuracy", "rows")}
+        metrics |= {spent: row["epoch_time_s"], waited: row["data_wait_s"]}
+    return list(found.values())
+
+
+def checkpoint_score(metrics: Metrics) -> float:
+    """Return what the best checkpoint has most of: val accuracy, and of equal ones the lower val loss.
+
+    Accuracy, because it is what the project claims, and because val loss turns upward from overconfidence while
+    accuracy still rises; the loss term is below half a row of val and only breaks ties. Without val the last is best.
+    """
+    if "val_accuracy" not in metrics:
+        return float(metrics["epoch"])
+    return float(metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0))
+
+
+def summarise(history: Sequence[Metrics], best_epoch: int) -> dict[str, Any]:
+    """Return the `runs` columns that follow from the epochs' metrics.
+
+    The losses and accuracies are those of the best epoch, None for a val that was not held out. `images_per_s` is the
+    median over epochs, without the first one, which pays for warming up, if there are others.
+    """
+    best = history[best_epoch - 1]
+    rates = [metrics["train_rows"] / metrics["epoch_time_s"] for metrics in history]
+    names = [f"{split}_{figure}" for split in ("train", "val") for figure in ("loss", "accuracy")]
+    return {
+        "epochs_done": len(history),
+        "best_epoch": best_epoch,
+        "images_per_s": statistics.median(rates[1:] or rates),
+    } | {name: best.get(name) for name in names}

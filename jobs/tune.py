@@ -1,0 +1,109 @@
+"""Search learning rate, dropout and more on Ray: many trials, poor ones stopped early by ASHA, the winner refitted."""
+
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from fashion import cli, config
+from fashion.config import TrainConfig, UserError
+from fashion.space import SearchConfig, SearchScale
+
+PROG = "python -m jobs.tune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `jobs.tune` takes."""
+
+    storage: str = cli.DEFAULT_STORAGE
+    """Local folder or URI (s3://, gs://, ...) that every node sees; holds data, searches and reports."""
+    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    """Where data comes from if the storage holds none yet; see jobs.prepare."""
+    search_id: str = ""
+    """Name of the search; made from the time if empty."""
+    resume: bool = False
+    """Continue --search-id, with the settings that it was started with."""
+    refit: bool = False
+    """Afterwards train the winner on all 60,000 rows and evaluate it once on test."""
+    preset: str = "default"
+    """Recipe that gives the settings which are not searched."""
+    global_batch_size: int = TrainConfig.global_batch_size
+    """Rows per optimizer step, >= 1."""
+    max_train_rows: int = 0
+    """Train trials on this many rows only, a seeded random subset; 0 takes all."""
+    precision: config.Precision = "auto"
+    """Arithmetic of the forward and backward pass; auto takes bf16 where the hardware has it natively."""
+    space: SearchConfig = field(default_factory=SearchConfig)
+    scale: SearchScale = field(default_factory=SearchScale)
+
+    def __post_init__(self) -> None:
+        if self.search_id:
+            config.check_run_id(self.search_id, name="--search-id")
+
+    def base(self) -> TrainConfig:
+        """Return the settings that are not searched."""
+        return replace(
+            config.preset(self.preset),
+            global_batch_size=self.global_batch_size,
+            max_train_rows=self.max_train_rows,
+            precision=self.precision,
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, search, print the result."""
+    flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=starting_point(argv))
+    search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    base = flags.base()
+    from fashion import search, summary
+    from fashion.storage import open_storage
+
+    storage = open_storage(flags.storage)
+    try:
+        found = search.search(
+            storage,
+            search_id,
+            flags.space,
+            base,
+            flags.scale,
+            source=flags.source,
+            resume=flags.resume,
+            refit=flags.refit,
+            announce=lambda plan: summary.print_search_plan(search_id, storage.uri, plan),
+        )
+    except search.SearchFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"interrupted; continue with --search-id {search_id} --resume", file=sys.stderr)
+        sys.exit(1)
+    summary.print_search(search_id, flags.space, found, storage)
+
+
+def starting_point(argv: Sequence[str]) -> Flags:
+    """Return the defaults that the flags override: the preset's, or with `--resume` the stored search's."""
+    early = cli.peek(argv, "--preset", "--search-id", "--storage", "--resume")
+    if early["--resume"] is None:
+        preset = config.preset(early["--preset"] or "default")
+        return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows)
+    if not early["--search-id"]:
+        raise UserError("--resume needs --search-id with the name of the search to continue")
+    from fashion import ledger
+    from fashion.storage import open_storage
+
+    storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
+    space, base = ledger.stored_settings(storage, early["--search-id"])
+    return Flags(
+        preset=base.preset,
+        global_batch_size=base.global_batch_size,
+        max_train_rows=base.max_train_rows,
+        precision=base.precision,
+        space=space,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
