@@ -21,6 +21,7 @@ from fashion.model import FashionCNN, initialise, place
 from fashion.optimizer import build_optimizer
 
 EVAL_BATCH_SIZE = 500
+PROGRESS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Rows:
 class Run:
     """A run in progress: network, optimizer and history; `epochs()` advances it."""
 
-    def __init__(self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Build the network from the seed alone, so that all ranks start equal; `wrap` adds DDP."""
+    def __init__(
+        self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module, str], nn.Module]
+    ) -> None:
+        """Build the network from the seed alone, so that all ranks start equal; `wrap(model, precision)` adds DDP."""
         self.config = config
         self.rows = rows
         self.rank = rank
@@ -61,7 +64,7 @@ class Run:
         torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
         self.optimizer = build_optimizer(config, self.model)
-        self.wrapped = wrap(self.model)
+        self.wrapped = wrap(self.model, self.precision)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
 
@@ -82,11 +85,14 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into the empty `folder`."""
-        checkpoint.save(folder, self.model, self.optimizer, {"history": self.history})
+        checkpoint.save(folder, self.model, self.optimizer, {"format": PROGRESS_FORMAT, "history": self.history})
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`."""
-        self.history = checkpoint.load(folder, self.model, self.optimizer)["history"]
+        progress = checkpoint.load(folder, self.model, self.optimizer)
+        if progress.get("format") != PROGRESS_FORMAT:
+            raise checkpoint.DamagedCheckpoint("checkpoint was written by another version of this project")
+        self.history = progress["history"]
 
     @staticmethod
     def ignore_step(epoch: int, step: int) -> None:

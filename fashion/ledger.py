@@ -176,7 +176,7 @@ class Ledger:
             "status": trial.status,
             "error": trial.error,
             **{name: fitting(columns.field(name).type, value) for name, value in trial.settings.items()},
-            "settings_json": json.dumps(trial.settings, sort_keys=True),
+            "settings_json": json.dumps(trial.settings),
             "max_epochs": self.config.max_epochs,
             "epochs_done": epochs_done,
             "rung": reached[-1] if reached else None,

@@ -72,7 +72,7 @@ class SumMeter:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch of training: its sums and where this rank's time went."""
+    """One epoch of training: its sums, this rank's time, and the slowest rank's wait for data, in seconds."""
 
     sums: ClassificationSums
     time_s: float
@@ -258,7 +258,15 @@ def train_one_epoch(
         on_step(step)
     raise_together(first_bad_step, epoch)
     sums = meter.reduce()
-    return EpochResult(sums, time.perf_counter() - started, waited)
+    return EpochResult(sums, time.perf_counter() - started, largest(waited, device))
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Return the largest `value` over all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())
 
 
 @torch.no_grad()

@@ -81,10 +81,17 @@ def train(
     plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
     storage.check_writable()
+    for split in data.SPLITS:
+        data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
     identity = {"kind": kind, "search_id": search_id or None}
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
-    row = started | run_or_explain(storage, run_id, config, plan, manifest)
+    try:
+        row = started | run_or_explain(storage, run_id, config, plan, manifest)
+    except BaseException as error:
+        # Nothing that was foreseen: the row says so, and the traceback goes on.
+        report.write_table(storage, "runs", run_id, [started | {"status": "failed", "error": brief(error)}])
+        raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
     if row["status"] != "completed":

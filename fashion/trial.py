@@ -59,7 +59,7 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
     worker.prepare_process(shared["threads"])
     rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
     rows = worker.open_rows(config, shared, rank, lambda name: [ray.get(shared["tables"][name])])
-    run = fit.Run(config, rows, rank, wrap=lambda model: model)
+    run = fit.Run(config, rows, rank, wrap=lambda model, precision: model)
     keeper = Keeper(open_storage(shared["storage"]), folder)
     keeper.restore(run)
     for metrics in run.history:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from ray.experimental.internal_kv import _internal_kv_put
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from fashion import data, fit, loop
 from fashion.cluster import quieten
@@ -54,7 +56,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return run.facts() | {
         "history": run.history,
         "diverged": diverged,
-        "peak_memory_bytes": largest(fit.peak_memory_bytes()),
+        "peak_memory_bytes": int(loop.largest(fit.peak_memory_bytes(), rank.device)),
         "resumed_from": resumed_from,
     }
 
@@ -101,13 +103,16 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)
 
 
-def wrap(model: nn.Module) -> nn.Module:
+def wrap(model: nn.Module, precision: str) -> nn.Module:
     """Return `model` under DDP if there is more than one worker.
 
-    No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation.
+    No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation. With
+    bf16 arithmetic gradients cross the wire as bf16 too: half the bytes, and gloo's share of a step with them.
     """
     options = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
     prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
+    if isinstance(prepared, DistributedDataParallel) and precision == "bf16":
+        prepared.register_comm_hook(None, bf16_compress_hook)
     return prepared
 
 
@@ -133,20 +138,10 @@ def report(run: fit.Run, metrics: Metrics) -> None:
         ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=f"epoch-{run.epochs_done:04d}")
 
 
-def largest(value: int) -> int:
-    """Return the largest `value` over the ranks."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor.item())
-
-
 def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> None:
     """Make sure that all ranks take the same number of steps: with unequal ones DDP would wait for ever at the end."""
     steps = config.steps_per_epoch(rows.num_train_rows)
-    most, fewest = largest(steps), -largest(-steps)
+    most, fewest = loop.largest(steps, rank.device), -loop.largest(-steps, rank.device)
     assert most == fewest, ("ranks would take unequal numbers of steps", fewest, most)
     assert config.global_batch_size % rank.world_size == 0, (config.global_batch_size, rank.world_size)
 

@@ -1,0 +1,252 @@
+"""Searches on Ray Tune: poor trials stop early, bad ones become rows, and a killed search goes on as if nothing was."""
+
+import functools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from fashion import data, ledger, report, search, strategy, synthetic
+from fashion.config import TrainConfig, UserError
+from fashion.ledger import Ledger, name_of
+from fashion.space import SearchConfig, SearchScale
+from fashion.storage import Storage, open_storage
+
+pytestmark = pytest.mark.ray
+
+ONE_AT_A_TIME = SearchScale(max_concurrent=1)
+BASE = TrainConfig(preset="smoke", max_train_rows=512, global_batch_size=64)
+# What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
+PLANTED = (
+    '{"lr": NaN}',
+    '{"padding": "none"}',
+    '{"lr": 100.0, "dropout_conv": 0.0}',
+    '{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0, "padding": "zeros"}',
+    '{"lr": 0.03, "dropout_conv": 0.5}',
+)
+CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=PLANTED)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A small stand-in, so that the refit on all rows is quick."""
+    storage = open_storage(str(tmp_path_factory.mktemp("search")))
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(synthetic.write_archives, num_train_rows=1500, num_test_rows=300)
+        patch.setattr(synthetic, "write_archives", small)
+        data.prepare(storage, "synthetic", val_rows=101)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster: None, prepared: Storage) -> search.Found:
+    """A search that nobody interrupts, with a refit."""
+    return search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True)
+
+
+def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) -> list[tuple[Any, ...]]:
+    """Return what became of each trial, by trial: status, epochs, and the exact accuracies of every epoch."""
+    found = []
+    for number in range(config.num_samples):
+        run_id = f"{search_id}-{name_of(number)}"
+        [row] = report.read_table(storage, "trials", run_id)
+        epochs = [each for each in report.read_table(storage, "epochs", run_id) if each["split"] == "val"]
+        found.append((row["trial_id"], row["status"], row["epochs_done"], [each["accuracy"] for each in epochs]))
+    return found
+
+
+def test_bad_trials_are_rows_and_the_search_goes_on(unbroken: search.Found, prepared: Storage) -> None:
+    rows = [report.read_table(prepared, "trials", f"unbroken-{name_of(number)}")[0] for number in range(8)]
+    assert [row["status"] for row in rows[:4]] == ["error", "error", "diverged", "completed"]
+    assert rows[0]["error"] == "--lr nan must be a finite number above 0 and at most 100"
+    assert "ValueError: padding_mode must be one of" in rows[1]["error"]
+    assert "loss is not finite" in rows[2]["error"]
+    assert rows[4]["status"] == "stopped"
+    assert rows[4]["epochs_done"] == rows[4]["rung"] == 1
+    assert {row["status"] for row in rows[5:]} <= {"completed", "stopped"}
+    runs = [report.load_run(prepared, f"unbroken-{row['trial_id']}") for row in rows]
+    assert [run["kind"] for run in runs] == ["trial"] * 8
+    assert all(run["test_accuracy"] is None for run in runs), "trials never read test"
+    assert [run["status"] for run in runs[:4]] == ["failed", "failed", "diverged", "completed"]
+
+
+def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.Found) -> None:
+    sound = [trial for trial in unbroken.trials if trial.history]
+    assert sum(len(trial.history) for trial in sound) < 3 * len(sound)
+    accuracies = [trial.best["val_accuracy"] for trial in sound if trial.best]
+    assert accuracies == sorted(accuracies, reverse=True)
+
+
+def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.Found, prepared: Storage) -> None:
+    folder = Path(prepared.path("searches", "unbroken"))
+    assert not list(folder.rglob("*.safetensors"))
+    assert not list(folder.rglob("optimizer.pt"))
+    assert list((folder / "t0003").glob("events.out.tfevents.*")), "curves for TensorBoard"
+
+
+def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(unbroken: search.Found, prepared: Storage) -> None:
+    winner = unbroken.trials[0]
+    row = report.load_run(prepared, "unbroken-refit")
+    assert (row["kind"], row["search_id"], row["status"]) == ("refit", "unbroken", "completed")
+    assert row["test_rows"] == 300
+    assert row["val_accuracy"] is None, "val was trained on"
+    assert winner.best is not None
+    assert row["epochs_done"] == row["best_epoch"] == winner.best["epoch"]
+    rows = {each["split"]: each["rows"] for each in report.read_table(prepared, "epochs", "unbroken-refit")}
+    assert rows == {"train": 1500 // 64 * 64}
+    config = report.stored_config(prepared, "unbroken-refit")
+    assert {name: getattr(config, name) for name in winner.settings} == winner.settings
+    assert (config.hold_out_val, config.max_train_rows, config.epochs) == (False, 0, 3)
+
+
+def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Storage) -> None:
+    again = search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    assert again.was_finished
+    assert [trial.trial_id for trial in again.trials] == [trial.trial_id for trial in unbroken.trials]
+    with pytest.raises(UserError, match="--search-id unbroken exists already"):
+        search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic")
+    other = replace(BASE, max_train_rows=100)
+    with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 512\)"):
+        search.search(prepared, "unbroken", CONFIG, other, ONE_AT_A_TIME, source="synthetic", resume=True)
+
+
+def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
+    unbroken: search.Found, prepared: Storage, tmp_path: Path
+) -> None:
+    """SIGKILL of the driver at a random moment, the storage moved, then --resume: trials stop where they did."""
+    storage = open_storage(str(tmp_path / "results"))
+    shutil.copytree(prepared.path("data"), storage.path("data"))
+    flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
+    flags += ["--max-train-rows", "512", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
+    flags += ["--max-concurrent", "1", "--first", *PLANTED]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.tune", *flags],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    begun = random.choice([name_of(number) for number in range(3, 8)])
+    deadline = time.monotonic() + 300
+    while not storage.exists("reports", "trials", f"run_id=killed-{begun}"):
+        assert job.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.05)
+    time.sleep(random.uniform(0.0, 5.0))
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    moved = open_storage(str(tmp_path / "moved"))
+    os.rename(storage.root, moved.root)
+    found = search.search(moved, "killed", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
+    assert found.trials[0].trial_id == unbroken.trials[0].trial_id
+
+
+def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None, prepared: Storage) -> None:
+    """Each trial takes both CPUs; the second one is stopped in mid-run, and the third one starts nevertheless."""
+    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}', '{"lr": 0.03, "dropout_fc": 0.5}')
+    config = SearchConfig(num_samples=3, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
+    search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
+    found = outcomes(prepared, "wide", config)
+    assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1), ("stopped", 1)]
+    assert report.load_run(prepared, "wide-t0000")["world_size"] == 2
+
+
+def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepared: Storage) -> None:
+    config = SearchConfig(num_samples=2, max_epochs=1, first=('{"lr": NaN}', '{"dropout_fc": 1.5}'))
+    with pytest.raises(search.SearchFailed, match=r"no trial has a result; t0000 said: --lr nan must be"):
+        search.search(prepared, "hopeless", config, BASE, ONE_AT_A_TIME, source="synthetic")
+
+
+def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
+    config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
+    search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), SearchScale(), source="synthetic")
+    book = Ledger(prepared, "tpe", config, {}, {})
+    assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
+    low, high = config.lr
+    assert all(low <= book.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
+    sampler = strategy.sampler_of(book)
+    assert sampler is not None
+    known = [trial.params["lr"] for trial in sampler._ot_study.trials]
+    assert known == [book.trials[name].settings["lr"] for name in ("t0001", "t0002")]
+
+
+def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: None, prepared: Storage) -> None:
+    for config, scale, told in (
+        (replace(CONFIG, workers_per_trial=4), SearchScale(), "--workers-per-trial 4 with 1 CPUs .* hold 2; lower"),
+        (CONFIG, SearchScale(gpus_per_trial=0.5), "--workers-per-trial 1 with 1 CPUs and 0.5 GPUs each do not fit"),
+    ):
+        with pytest.raises(UserError, match=told):
+            search.search(prepared, "wide-or-gpu", config, BASE, scale, source="synthetic")
+    assert not prepared.exists("searches", "wide-or-gpu")
+
+
+# --- the scheduler alone --------------------------------------------------------------------------------------------
+
+
+def test_rungs_are_those_of_ray() -> None:
+    for max_epochs in (1, 2, 3, 6, 8, 9, 16, 27, 81, 100, 243, 1000):
+        for grace in (1, 2, 3):
+            for factor in (2, 3, 4, 10):
+                if grace <= max_epochs:
+                    config = SearchConfig(max_epochs=max_epochs, grace_epochs=grace, reduction_factor=factor)
+                    scheduler = strategy.NamedASHA(max_t=max_epochs, grace_period=grace, reduction_factor=factor)
+                    assert config.rungs == [rung for rung, _ in reversed(scheduler._brackets[0]._rungs)]
+
+
+def play(book: Ledger, curves: dict[str, list[float]], stop_after: int) -> int:
+    """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
+    scheduler = strategy.replayed(book)
+    decided = 0
+    for point in strategy.waiting(book):
+        name = point[strategy.TRIAL]
+        book.start(name, {})
+        known = strategy.Alias(name)
+        scheduler.on_trial_add(None, known)
+        for number, accuracy in enumerate(curves[name], start=1):
+            metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": 0.0, "val_rows": 1, "val_time_s": 1.0}
+            metrics |= {"train_loss": 0.0, "train_accuracy": 0.0, "train_rows": 1, "epoch_time_s": 1.0, "lr": 0.1}
+            book.add_epoch(name, metrics, 0.0)
+            if decided == stop_after:
+                return decided  # written, and killed before the decision
+            decided += 1
+            if scheduler.on_trial_result(None, known, metrics) == "STOP":
+                break
+        scheduler.on_trial_complete(None, known, metrics)
+        book.end(name, "completed" if number == len(curves[name]) else "stopped")
+    return decided
+
+
+def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) -> None:
+    """Killed after each possible number of results and continued, twelve trials end at the same epochs."""
+    config = SearchConfig(num_samples=12, max_epochs=9)
+    source = random.Random(3)
+    curves = {name_of(n): [source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
+
+    def ends(storage: Storage) -> list[int]:
+        book = Ledger(storage, "s", config, {}, {})
+        return [len(trial.history) for trial in book.trials.values()]
+
+    whole = open_storage(str(tmp_path / "whole"))
+    total = play(Ledger(whole, "s", config, {}, {}), curves, stop_after=-1)
+    assert len(set(ends(whole))) > 1, "some were stopped, some were not"
+    for cut in range(0, total, 5):
+        broken = open_storage(str(tmp_path / f"cut-{cut}"))
+        play(Ledger(broken, "s", config, {}, {}), curves, stop_after=cut)
+        play(Ledger(broken, "s", config, {}, {}), curves, stop_after=-1)
+        assert ends(broken) == ends(whole), cut
+
+
+def test_stored_settings_come_back(ray_cluster: None, unbroken: search.Found, prepared: Storage) -> None:
+    config, base = ledger.stored_settings(prepared, "unbroken")
+    assert config.rungs == CONFIG.rungs
+    assert base == replace(BASE, epochs=3)
