@@ -12,7 +12,6 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.experimental.internal_kv import _internal_kv_put
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
