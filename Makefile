@@ -42,12 +42,10 @@ setup: .venv/.installed ## Make the virtual environment from the lock file
 	@touch $@
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
-	@source=auto; $(RUN) jobs.prepare --storage $(storage) || { \
-		test -z "$$FASHION_MNIST_SOURCE" || exit 2; \
-		echo; echo "*** No real data to be had: going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***"; \
-		echo; source=synthetic; $(RUN) jobs.prepare --storage $(storage) --source synthetic; } && \
+	@told=$$($(RUN) jobs.prepare --storage $(storage) $(call flag,SOURCE,source) --or-synthetic) || exit; echo "$$told"; \
+	source=$(SOURCE); case "$$told" in *": fashion-mnist-synthetic, "*) source=synthetic;; esac; \
 	$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val \
-		RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S) SOURCE=$${FASHION_MNIST_SOURCE:-$$source}
+		RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S) SOURCE=$$source
 
 prepare: setup ## Fetch, verify, split and write the data, once
 	@$(RUN) jobs.prepare --storage $(storage) $(ARGS)

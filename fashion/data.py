@@ -45,6 +45,10 @@ ARCHIVES = {
 SCHEMA = pa.schema([("index", pa.int32()), ("label", pa.uint8()), ("image", pa.binary(PIXELS))])
 
 
+class DownloadFailed(UserError):
+    """No mirror gave the archives: the one failure that `make quickstart` goes on after, with the stand-in."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Rows in memory: `images` (N, 28, 28) uint8, `labels` (N,) uint8, `index` (N,) int32 within the official file."""
@@ -77,6 +81,11 @@ class Manifest:
     archives: dict[str, str]
     """Archive name -> SHA-256."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Tell the drawn stand-in from Fashion-MNIST."""
+        return self.dataset.endswith("synthetic")
 
 
 # --- archives -> arrays -------------------------------------------------------------------------------------------
@@ -172,7 +181,7 @@ def archives_from(source: str) -> Iterator[tuple[Path, bool]]:
 def download(folder: Path) -> Path:
     """Fetch the archives through torchvision's mirrors into `folder`; return where they lie.
 
-    Raises `UserError` naming the two other ways out when no mirror answers.
+    Raises `DownloadFailed` naming the two other ways out when no mirror answers.
     """
     from torchvision.datasets import FashionMNIST
 
@@ -180,7 +189,7 @@ def download(folder: Path) -> Path:
         FashionMNIST(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision turns some into RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise DownloadFailed(
             f"Fashion-MNIST could not be downloaded ({reason}); pass --source DIR with the four archives "
             "(or set FASHION_MNIST_SOURCE), or --source synthetic for the drawn stand-in"
         ) from error
@@ -267,22 +276,27 @@ def combined_sha256(sums: dict[str, str], val_rows: int, seed: int) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def prepare(storage: Storage, source: str, val_rows: int = 5000, seed: int = 0) -> tuple[Manifest, bool]:
+def prepare(
+    storage: Storage, source: str, val_rows: int = 5000, seed: int = 0, *, replace_stand_in: bool = False
+) -> tuple[Manifest, bool]:
     """Make the prepared data exist; return its manifest and whether it was written now.
 
     The manifest is written last, so a half-written folder is never taken for a finished one. Prepared data of another
     source, seed or split is refused with `UserError` rather than replaced: runs that used it would lose their `val`.
+    With `replace_stand_in` a stand-in gives way to real data, once that is at hand and verified: it can be drawn again.
     """
     require(10 <= val_rows <= 50_000, f"--val-rows {val_rows} must lie between 10 and 50000")
     require(0 <= seed < 2**31, f"--seed {seed} must lie between 0 and {2**31 - 1}")
     existing = find_manifest(storage)
-    if existing is not None:
+    if existing is not None and not (replace_stand_in and existing.is_stand_in and source != "synthetic"):
         check_same_request(storage, existing, source, val_rows, seed)
         return existing, False
     storage.check_writable()
     with archives_from(source) as (folder, official):
         sums = check_archives(folder, official=official)
         splits = split_rows(folder, val_rows, seed)
+    if existing is not None:
+        storage.delete_folder(*DATA_FOLDER)
     pixels = splits["train"].images.reshape(-1)
     counts = np.bincount(pixels, minlength=256).astype(np.float64) / pixels.size
     values = np.arange(256) / 255.0
@@ -317,7 +331,7 @@ def check_same_request(storage: Storage, found: Manifest, source: str, val_rows:
 def check_source(storage: Storage, found: Manifest, source: str) -> None:
     """Raise `UserError` if the prepared data does not come from `source`; only `synthetic` accepts the stand-in."""
     place = storage.show(*DATA_FOLDER)
-    if found.dataset.endswith("synthetic"):
+    if found.is_stand_in:
         require(
             source == "synthetic",
             f"{place} holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic, "

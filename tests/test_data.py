@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REAL_DATA
 
-from fashion import data
+from fashion import data, synthetic
 from fashion.config import UserError
 from fashion.storage import Storage, open_storage
+from jobs import prepare
 
 
 @pytest.fixture
@@ -52,6 +53,66 @@ def test_preparing_again_changes_nothing_and_another_request_is_refused(storage:
         data.prepare(storage, "auto", val_rows=400)
     with pytest.raises(UserError, match="not the stand-in; name another --storage"):
         data.prepare(storage, "synthetic", val_rows=300)
+
+
+# --- the stand-in, where there is no network ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, lenient: Path) -> None:
+    """No mirror answers, and the stand-in has few rows, other ones than the small archives."""
+    draw = synthetic.write_archives
+
+    def refuse(_: Path) -> Path:
+        raise data.DownloadFailed("no mirror answers")
+
+    monkeypatch.setattr(data, "download", refuse)
+    monkeypatch.setattr(synthetic, "write_archives", lambda folder: draw(folder, seed=1, num_train_rows=2000))
+
+
+def or_synthetic(storage: Storage) -> list[str]:
+    return ["--storage", storage.uri, "--source", "auto", "--val-rows", "300", "--or-synthetic"]
+
+
+def test_without_a_network_the_stand_in_serves_until_there_is_one(
+    storage: Storage, offline: None, lenient: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # it is there already the second time
+        prepare.main(or_synthetic(storage))
+        printed = capsys.readouterr()
+        assert "Going on with the drawn stand-in" in printed.err
+        assert ": fashion-mnist-synthetic, 1700 train, 300 val, 10000 test rows" in printed.out
+    monkeypatch.setattr(data, "download", lambda _: lenient)
+    prepare.main(or_synthetic(storage))
+    assert "stand-in" not in capsys.readouterr().err
+    manifest = data.load_manifest(storage)
+    assert manifest.rows == {"train": 2700, "val": 300, "test": 500}
+    for split in data.SPLITS:
+        assert storage.list(*data.DATA_FOLDER, split) == sorted(manifest.files[split]), "no file of the stand-in stays"
+
+
+@pytest.mark.parametrize("failure", [UserError("another sum"), OSError("disk full"), RuntimeError("a bug")])
+def test_only_a_failed_download_is_a_reason_for_the_stand_in(
+    storage: Storage, offline: None, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(_: Path) -> Path:
+        raise failure
+
+    monkeypatch.setattr(data, "download", fail)
+    with pytest.raises(type(failure), match=str(failure)):
+        prepare.main(or_synthetic(storage))
+    assert not storage.exists(*data.DATA_FOLDER)
+
+
+def test_prepared_data_is_never_replaced_by_the_stand_in(storage: Storage, lenient: Path, offline: None) -> None:
+    real, _ = data.prepare(storage, str(lenient), val_rows=300)
+    prepare.main(or_synthetic(storage))
+    assert data.load_manifest(storage) == real
+    with pytest.raises(UserError, match="prepared with --val-rows 300, not 400"):
+        prepare.main([*or_synthetic(storage), "--val-rows", "400"])
+
+
+# --- the split ------------------------------------------------------------------------------------------------------
 
 
 def test_another_seed_takes_another_val(tmp_path: Path, lenient: Path) -> None:
