@@ -54,8 +54,16 @@ def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name, nargs="?", const="")
-    known, _ = parser.parse_known_args([word.replace("_", "-") if word.startswith("--") else word for word in argv])
+    known, _ = parser.parse_known_args([spelt(word) for word in argv])
     return {name: getattr(known, name.lstrip("-").replace("-", "_")) for name in names}
+
+
+def spelt(word: str) -> str:
+    """Return a flag with '-' for each '_' of its name, as the real parse takes both; its value stays as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
