@@ -57,5 +57,10 @@ def ray_cluster() -> Iterator[None]:
 def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m jobs.X ...` as a user would; returns the finished process with its output as text."""
     command = [sys.executable, "-m", *arguments]
-    variables = {**os.environ, "RAY_ADDRESS": "local", **environment}
+    variables = job_environment() | environment
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600, check=False)
+
+
+def job_environment() -> dict[str, str]:
+    """Return what a command runs with: a cluster of its own, and the data that the tests prepare."""
+    return {**os.environ, "RAY_ADDRESS": "local", "FASHION_MNIST_SOURCE": real_source()}

@@ -79,7 +79,7 @@ def test_the_package_is_the_code_and_small(project: Path) -> None:
 
 def test_the_same_job_runs_when_submitted(project: Path, running: str, storage: Storage) -> None:
     data.prepare(storage, real_source(), val_rows=500)
-    flags = ["--storage", storage.uri, "--preset", "smoke", "--run-id", "sent", "--num-workers", "2"]
+    flags = ["--storage", storage.uri, "--source", real_source(), "--preset", "smoke", "--run-id", "sent"]
     done = head(project, "submit", "jobs.train", *flags, "--epochs", "1", "--max-train-rows", "256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
