@@ -291,7 +291,7 @@ def prepare(
     if existing is not None and not (replace_stand_in and existing.is_stand_in and source != "synthetic"):
         check_same_request(storage, existing, source, val_rows, seed)
         return existing, False
-    storage.check_writable()
+    storage.check_writable("/".join(DATA_FOLDER))
     with archives_from(source) as (folder, official):
         sums = check_archives(folder, official=official)
         splits = split_rows(folder, val_rows, seed)

@@ -81,7 +81,7 @@ def train(
     cluster.connect()
     plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
-    storage.check_writable()
+    storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
     identity = {"kind": kind, "search_id": search_id or None}
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()

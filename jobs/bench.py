@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     letters = flags.rows.split(",")
     unknown = [letter for letter in letters if letter not in bench.ROWS]
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(bench.ROWS)}")
+    storage.check_writable(report.REPORTS_FOLDER)
     cluster.connect()
     rows = [bench.ROWS[letter](storage, flags.scale, flags.repeats).columns() for letter in letters]
     path = report.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)

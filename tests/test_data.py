@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +297,41 @@ def test_storage_must_be_a_folder(tmp_path: Path) -> None:
             open_storage(str(place))
     with pytest.raises(UserError, match="nonsense://x cannot be opened"):
         open_storage("nonsense://x")
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not enter; root may enter any, so it acts as somebody else meanwhile."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+def test_a_storage_that_may_not_be_entered(closed: Path) -> None:
+    for place in (closed, closed / "below"):
+        with pytest.raises(UserError, match=r"cannot be entered \(.*Permission denied.*\); name a folder that can be"):
+            open_storage(str(place))
+
+
+def test_each_folder_that_is_written_to_must_take_files(storage: Storage) -> None:
+    root = Path(storage.root)
+    storage.check_writable()
+    storage.check_writable("data/fashion-mnist", "runs")
+    assert not root.exists()
+    root.mkdir()
+    (root / "runs").write_text("")
+    (root / "data").symlink_to("/proc")  # takes no files, not even root's
+    storage.check_writable()
+    storage.check_writable("reports")
+    for folder in ("runs", "data", "data/fashion-mnist"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); name a folder that can be"):
+            storage.check_writable("reports", folder)
+    assert sorted(path.name for path in root.iterdir()) == ["data", "runs"]
 
 
 def test_the_sum_names_archives_and_split() -> None:
