@@ -48,6 +48,16 @@ def test_rows_come_back_as_written(storage: Storage) -> None:
     assert report.read_table(storage, "epochs", "b") == []
 
 
+def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
+    """So that two evaluations at once, of two splits, never write over each other's rows."""
+    for split, counts in (("val", [1]), ("test", [2, 3]), ("val", [4])):
+        report.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
+    assert storage.list("reports", "confusion", "run_id=a") == ["confusion-test.parquet", "confusion-val.parquet"]
+    rows = report.read_table(storage, "confusion", "a")
+    assert [(row["split"], row["count"]) for row in rows] == [("test", 2), ("test", 3), ("val", 4)]
+    assert len(pd.read_parquet(f"{storage.uri}/reports/confusion")) == 3
+
+
 def test_a_column_that_nobody_agreed_on_is_refused(storage: Storage) -> None:
     with pytest.raises(ValueError, match="table epochs has no column acuracy"):
         report.write_table(storage, "epochs", "a", [{"acuracy": 0.5}])
