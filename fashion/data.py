@@ -241,7 +241,10 @@ def to_table(split: Split) -> pa.Table:
 def from_table(table: pa.Table) -> Split:
     """Turn a table of `SCHEMA` back into arrays; raises `UserError` on another schema, on nulls or on wrong labels."""
     require(table.schema.equals(SCHEMA), f"prepared data has columns {table.schema.names}, expected {SCHEMA.names}")
-    require(not any(table[name].null_count for name in SCHEMA.names), "prepared data holds nulls; prepare it again")
+    require(
+        not any(table[name].null_count for name in SCHEMA.names),
+        "prepared data holds nulls; remove and prepare it again",
+    )
     if not len(table):
         return Split(np.empty((0, IMAGE_SIZE, IMAGE_SIZE), np.uint8), np.empty(0, np.uint8), np.empty(0, np.int32))
     column = table["image"].combine_chunks()
@@ -249,7 +252,7 @@ def from_table(table: pa.Table) -> Split:
     buffer = column.buffers()[1]
     images = np.frombuffer(buffer, np.uint8, len(column) * PIXELS, offset).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
     labels = table["label"].to_numpy()
-    require(bool((labels < NUM_CLASSES).all()), "prepared data holds a label above 9; prepare it again")
+    require(bool((labels < NUM_CLASSES).all()), "prepared data holds a label above 9; remove and prepare it again")
     return Split(images, labels, table["index"].to_numpy())
 
 
@@ -400,9 +403,11 @@ def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
     tables: list[pa.Table] = []
     for name, sha256 in manifest.files[split].items():
         place = (*DATA_FOLDER, split, name)
-        require(storage.exists(*place), f"{storage.show(*place)} is missing; prepare the data again")
+        # Preparing looks at the manifest alone, so it has to go as well.
+        way_out = f"remove {storage.show(*DATA_FOLDER)} and prepare again"
+        require(storage.exists(*place), f"{storage.show(*place)} is missing; {way_out}")
         data = storage.read_bytes(*place)
-        require(hashlib.sha256(data).hexdigest() == sha256, f"{split}/{name} is damaged; prepare the data again")
+        require(hashlib.sha256(data).hexdigest() == sha256, f"{storage.show(*place)} is damaged; {way_out}")
         tables.append(pq.read_table(pa.BufferReader(data)))
     return from_table(pa.concat_tables(tables))
 
