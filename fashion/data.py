@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import struct
 import tempfile
 import zlib
@@ -34,6 +35,7 @@ PIXELS = IMAGE_SIZE * IMAGE_SIZE
 DATA_FOLDER = ("data", "fashion-mnist")
 FORMAT_VERSION = 1
 ROWS_PER_FILE = 10_000
+DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 # SHA-256 of the official archives; the same as in Keras' fashion_mnist loader.
 ARCHIVES = {
@@ -185,6 +187,8 @@ def download(folder: Path) -> Path:
     """
     from torchvision.datasets import FashionMNIST
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: a silent mirror would be waited for forever
     try:
         FashionMNIST(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision turns some into RuntimeError
@@ -193,6 +197,8 @@ def download(folder: Path) -> Path:
             f"Fashion-MNIST could not be downloaded ({reason}); pass --source DIR with the four archives "
             "(or set FASHION_MNIST_SOURCE), or --source synthetic for the drawn stand-in"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return folder / "FashionMNIST" / "raw"
 
 
