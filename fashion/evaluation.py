@@ -104,7 +104,8 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
 def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:
     """Evaluate a run's chosen checkpoint on `split`; write `predictions`, `classes` and `confusion`.
 
-    Each split has files of its own, so two evaluations of one run may go on at once. Raises `UserError` if the run has no checkpoint.
+    Each split has files of its own, so two evaluations of one run may go on at once. Raises `UserError` if the run has
+    no checkpoint.
     """
     if not row["checkpoint"]:
         raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")

@@ -78,10 +78,10 @@ def train(
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
     data.check_source(storage, manifest, source)
     data.check_same_data(storage, manifest, earlier)
+    storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
     cluster.connect()
     plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
-    storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
     identity = {"kind": kind, "search_id": search_id or None}
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
