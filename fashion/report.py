@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,13 @@ def source_hash() -> str:
         digest.update(f"{path.parent.name}/{path.name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def warn_of_other_code(run_id: str, earlier: dict[str, Any]) -> None:
+    """Say so on standard error if other code than this wrote a run's row: the row will name this code alone."""
+    began, now = earlier["source_hash"], source_hash()
+    if began not in (None, now):
+        print(f"warning: run {run_id} was trained so far by other code ({began[:12]}, now {now[:12]})", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -73,6 +73,7 @@ def train(
         earlier = report.load_run(storage, run_id)
         if earlier["status"] == "completed":
             return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
+        report.warn_of_other_code(run_id, earlier)
     else:
         report.check_new_run(storage, run_id)
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
