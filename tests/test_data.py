@@ -64,8 +64,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, lenient: Path) -> None:
     monkeypatch.setattr(synthetic, "write_archives", lambda folder: draw(folder, seed=1, num_train_rows=2000))
 
 
-def or_synthetic(storage: Storage) -> list[str]:
-    return ["--storage", storage.uri, "--source", "auto", "--val-rows", "300", "--or-synthetic"]
+def or_synthetic(storage: Storage, val_rows: int = 300) -> list[str]:
+    return ["--storage", storage.uri, "--source", "auto", "--val-rows", str(val_rows), "--or-synthetic"]
 
 
 def test_without_a_network_the_stand_in_serves_until_there_is_one(
@@ -103,7 +103,7 @@ def test_prepared_data_is_never_replaced_by_the_stand_in(storage: Storage, lenie
     prepare.main(or_synthetic(storage))
     assert data.load_manifest(storage) == real
     with pytest.raises(UserError, match="prepared with --val-rows 300, not 400"):
-        prepare.main([*or_synthetic(storage), "--val-rows", "400"])
+        prepare.main(or_synthetic(storage, 400))
 
 
 # --- the split ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from conftest import ROOT, job_environment, real_source, run_job
 from torch import Tensor
 
 from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
-from fashion.config import ScaleConfig, TrainConfig, UserError
+from fashion.config import ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.fit import build_model
 from fashion.storage import Storage, open_storage
 
@@ -268,7 +268,9 @@ def test_other_data_than_the_run_was_trained_on_is_refused(
 
 def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Storage) -> None:
     """Ctrl-C after the first epoch, then --resume: the same bits as a run that nobody interrupted."""
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in RANDOM.to_dict().items()]
+    recipe = preset("smoke").to_dict()
+    changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
+    flags = ["--preset=smoke", *(f"{flag(key)}={value}" for key, value in changed.items())]
     command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", "broken", *flags]
     job = subprocess.Popen(
         command, cwd=ROOT, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
