@@ -3,11 +3,11 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # targets named together depend on each other's results
 
 PYTHON ?= python3
 STORAGE ?= $(or $(FASHION_STORAGE),results)
 NUM_WORKERS ?= 2
-RUN_ID ?= $(or $(PRESET),default)-$(shell date -u +%Y%m%d-%H%M%S)
 SPLIT ?= test
 OUT ?= results/report.html
 ARGS ?=
@@ -19,12 +19,15 @@ export RAY_ADDRESS ?= local
 
 # A storage is a URI or a path; a submitted job runs in another folder, so it is given the path in full.
 storage := $(if $(findstring ://,$(STORAGE)),$(STORAGE),$(abspath $(STORAGE)))
+# So is a source that is a folder.
+in_full = $(or $(realpath $(1)),$(1))
 flag = $(if $($(1)),--$(2) $($(1)))
-train_flags = --storage $(storage) --num-workers $(NUM_WORKERS) --run-id $(RUN_ID) $(call flag,PRESET,preset) \
+scale_flags = --num-workers $(NUM_WORKERS) $(call flag,CPUS_PER_WORKER,cpus-per-worker) $(call flag,USE_GPU,use-gpu)
+source_flag = $(if $(SOURCE),--source $(call in_full,$(SOURCE)))
+train_flags = --storage $(storage) $(scale_flags) $(call flag,RUN_ID,run-id) $(call flag,PRESET,preset) \
 	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
 	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
-	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
-	$(call flag,SOURCE,source) $(call flag,USE_GPU,use-gpu) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
 
 .PHONY: help setup quickstart prepare train evaluate report bench test check fmt up submit-train down clean
 
@@ -42,28 +45,27 @@ setup: .venv/.installed ## Make the virtual environment from the lock file
 	@touch $@
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
-	@source=auto; $(RUN) jobs.prepare --storage $(storage) || { \
-		test -z "$$FASHION_MNIST_SOURCE" || exit 2; \
-		echo; echo "*** No real data to be had: going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***"; \
-		echo; source=synthetic; $(RUN) jobs.prepare --storage $(storage) --source synthetic; } && \
+	@told=$$($(RUN) jobs.prepare --storage $(storage) $(source_flag) --or-synthetic) || exit; echo "$$told"; \
+	source=$(SOURCE); case "$$told" in *": fashion-mnist-synthetic, "*) source=synthetic;; esac; \
 	$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val \
-		RUN_ID=quickstart-$(shell date -u +%Y%m%d-%H%M%S) SOURCE=$${FASHION_MNIST_SOURCE:-$$source}
+		RUN_ID=$(or $(RUN_ID),quickstart-$(shell date -u +%Y%m%d-%H%M%S)) SOURCE=$$source
 
-prepare: setup ## Fetch, verify, split and write the data, once
-	@$(RUN) jobs.prepare --storage $(storage) $(ARGS)
+prepare: setup ## Fetch, verify, split and write the data, once: SOURCE, VAL_ROWS, SEED of the split
+	@$(RUN) jobs.prepare --storage $(storage) $(source_flag) $(call flag,VAL_ROWS,val-rows) $(call flag,SEED,seed) $(ARGS)
 
 train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
-	@$(RUN) jobs.train $(train_flags)
+	@$(RUN) jobs.train $(train_flags) $(source_flag)
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT
-	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) --num-workers $(NUM_WORKERS)
+	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
+	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(ARGS)
 
 report: setup ## One page of everything measured, for the browser: OUT
 	@mkdir -p $(dir $(OUT))
 	@$(RUN) jobs.report --storage $(storage) --out $(OUT) $(ARGS)
 
 bench: setup ## Measure the job side by side with its alternatives
-	@$(RUN) jobs.bench --storage $(storage) --num-workers $(NUM_WORKERS) $(ARGS)
+	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)
 
 test: setup ## Run all tests: first those without Ray
 	@.venv/bin/python -m pytest -m "not commands and not ray and not cluster"
@@ -83,7 +85,7 @@ up: setup ## Start a head node here: token authentication on, dashboard on 127.0
 
 submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow it, exit with its status
 	@$(RUN) fashion.head submit jobs.train $(train_flags) \
-		$(if $(FASHION_MNIST_SOURCE),--source $(abspath $(FASHION_MNIST_SOURCE)))
+		$(or $(source_flag),$(if $(FASHION_MNIST_SOURCE),--source $(call in_full,$(FASHION_MNIST_SOURCE))))
 
 down: setup ## Stop what `make up` started, and nothing else
 	@$(RUN) fashion.head down

@@ -6,6 +6,7 @@ Imports neither Ray nor torch, so that `--help` answers at once.
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from fashion.config import UserError
 
 T = TypeVar("T")
 
+RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
 DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
 
 
@@ -50,12 +52,16 @@ def refuse_repeated(argv: Sequence[str]) -> None:
 
 
 def one_line(box: str) -> str:
-    """Fold tyro's framed message into one line: the message, and the flag that was perhaps meant."""
-    inside = re.findall(r"^\u2502 (.*?) *\u2502$", box, re.MULTILINE)
-    rules = [number for number, line in enumerate(inside) if line.startswith("\u2500")]
-    message = " ".join(inside[: rules[0] if rules else None])
-    message = re.sub(r"^Error parsing [^:]*: ", "", " ".join(message.split()))
-    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(inside))
+    """Fold tyro's framed message into one line: the message, and the flag that was perhaps meant.
+
+    The title comes first, and rules part what follows; where the terminal is not known to take UTF-8, the frame and
+    the rules are of blanks and '-'.
+    """
+    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
+    parts = [" ".join(part) for is_rule, part in itertools.groupby(lines, RULE.fullmatch) if not is_rule]
+    # What is named there is a flag, which helps, or a class of ours, which does not.
+    message = re.sub(r"^Error parsing (?:(?!--)[^:]*: )?", "", " ".join(parts[0].split()))
+    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(parts))
     return message + (f" (perhaps {meant.group(1)})" if meant else "")
 
 
@@ -64,8 +70,16 @@ def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name, nargs="?", const="")
-    known, _ = parser.parse_known_args([word.replace("_", "-") if word.startswith("--") else word for word in argv])
+    known, _ = parser.parse_known_args([spelt(word) for word in argv])
     return {name: getattr(known, name.lstrip("-").replace("-", "_")) for name in names}
+
+
+def spelt(word: str) -> str:
+    """Return a flag with '-' for each '_' of its name, as the real parse takes both; its value stays as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:

@@ -217,7 +217,7 @@ def preset(name: str) -> TrainConfig:
     - `seed`: the published recipe. Published: the network, and four final numbers (train accuracy 0.9684 and
       loss 0.0909, test accuracy 0.9304 and loss 0.2591), no augmentation, overfitting from epoch 10. Assumed, since
       not published: Adam at a constant 1e-3, batch 128, dropout 0.25 after convolutions and 0.5 between linear
-      layers, 20 epochs, Keras' defaults elsewhere.
+      layers, 20 epochs, Keras' initial weights, and torch's Adam (whose epsilon is 1e-8, Keras' 1e-7).
     - `default`: the best recipe known so far for about ten minutes on two CPU cores with bf16.
     - `smoke`: the whole path in under a minute, on few rows; its accuracy means nothing.
     """

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import struct
 import tempfile
 import zlib
@@ -34,6 +35,7 @@ PIXELS = IMAGE_SIZE * IMAGE_SIZE
 DATA_FOLDER = ("data", "fashion-mnist")
 FORMAT_VERSION = 1
 ROWS_PER_FILE = 10_000
+DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 # SHA-256 of the official archives; the same as in Keras' fashion_mnist loader.
 ARCHIVES = {
@@ -43,6 +45,10 @@ ARCHIVES = {
     "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
 SCHEMA = pa.schema([("index", pa.int32()), ("label", pa.uint8()), ("image", pa.binary(PIXELS))])
+
+
+class DownloadFailed(UserError):
+    """No mirror gave the archives: the one failure that `make quickstart` goes on after, with the stand-in."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class Manifest:
     archives: dict[str, str]
     """Archive name -> SHA-256."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Tell the drawn stand-in from Fashion-MNIST."""
+        return self.dataset.endswith("synthetic")
 
 
 # --- archives -> arrays -------------------------------------------------------------------------------------------
@@ -172,18 +183,22 @@ def archives_from(source: str) -> Iterator[tuple[Path, bool]]:
 def download(folder: Path) -> Path:
     """Fetch the archives through torchvision's mirrors into `folder`; return where they lie.
 
-    Raises `UserError` naming the two other ways out when no mirror answers.
+    Raises `DownloadFailed` naming the two other ways out when no mirror answers.
     """
     from torchvision.datasets import FashionMNIST
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: a silent mirror would be waited for forever
     try:
         FashionMNIST(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision turns some into RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise DownloadFailed(
             f"Fashion-MNIST could not be downloaded ({reason}); pass --source DIR with the four archives "
             "(or set FASHION_MNIST_SOURCE), or --source synthetic for the drawn stand-in"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return folder / "FashionMNIST" / "raw"
 
 
@@ -232,7 +247,10 @@ def to_table(split: Split) -> pa.Table:
 def from_table(table: pa.Table) -> Split:
     """Turn a table of `SCHEMA` back into arrays; raises `UserError` on another schema, on nulls or on wrong labels."""
     require(table.schema.equals(SCHEMA), f"prepared data has columns {table.schema.names}, expected {SCHEMA.names}")
-    require(not any(table[name].null_count for name in SCHEMA.names), "prepared data holds nulls; prepare it again")
+    require(
+        not any(table[name].null_count for name in SCHEMA.names),
+        "prepared data holds nulls; remove and prepare it again",
+    )
     if not len(table):
         return Split(np.empty((0, IMAGE_SIZE, IMAGE_SIZE), np.uint8), np.empty(0, np.uint8), np.empty(0, np.int32))
     column = table["image"].combine_chunks()
@@ -240,7 +258,7 @@ def from_table(table: pa.Table) -> Split:
     buffer = column.buffers()[1]
     images = np.frombuffer(buffer, np.uint8, len(column) * PIXELS, offset).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
     labels = table["label"].to_numpy()
-    require(bool((labels < NUM_CLASSES).all()), "prepared data holds a label above 9; prepare it again")
+    require(bool((labels < NUM_CLASSES).all()), "prepared data holds a label above 9; remove and prepare it again")
     return Split(images, labels, table["index"].to_numpy())
 
 
@@ -267,22 +285,27 @@ def combined_sha256(sums: dict[str, str], val_rows: int, seed: int) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def prepare(storage: Storage, source: str, val_rows: int = 5000, seed: int = 0) -> tuple[Manifest, bool]:
+def prepare(
+    storage: Storage, source: str, val_rows: int = 5000, seed: int = 0, *, replace_stand_in: bool = False
+) -> tuple[Manifest, bool]:
     """Make the prepared data exist; return its manifest and whether it was written now.
 
     The manifest is written last, so a half-written folder is never taken for a finished one. Prepared data of another
     source, seed or split is refused with `UserError` rather than replaced: runs that used it would lose their `val`.
+    With `replace_stand_in` a stand-in gives way to real data, once that is at hand and verified: it can be drawn again.
     """
     require(10 <= val_rows <= 50_000, f"--val-rows {val_rows} must lie between 10 and 50000")
     require(0 <= seed < 2**31, f"--seed {seed} must lie between 0 and {2**31 - 1}")
     existing = find_manifest(storage)
-    if existing is not None:
+    if existing is not None and not (replace_stand_in and existing.is_stand_in and source != "synthetic"):
         check_same_request(storage, existing, source, val_rows, seed)
         return existing, False
-    storage.check_writable()
+    storage.check_writable("/".join(DATA_FOLDER))
     with archives_from(source) as (folder, official):
         sums = check_archives(folder, official=official)
         splits = split_rows(folder, val_rows, seed)
+    if existing is not None:
+        storage.delete_folder(*DATA_FOLDER)
     pixels = splits["train"].images.reshape(-1)
     counts = np.bincount(pixels, minlength=256).astype(np.float64) / pixels.size
     values = np.arange(256) / 255.0
@@ -317,7 +340,7 @@ def check_same_request(storage: Storage, found: Manifest, source: str, val_rows:
 def check_source(storage: Storage, found: Manifest, source: str) -> None:
     """Raise `UserError` if the prepared data does not come from `source`; only `synthetic` accepts the stand-in."""
     place = storage.show(*DATA_FOLDER)
-    if found.dataset.endswith("synthetic"):
+    if found.is_stand_in:
         require(
             source == "synthetic",
             f"{place} holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic, "
@@ -386,9 +409,11 @@ def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
     tables: list[pa.Table] = []
     for name, sha256 in manifest.files[split].items():
         place = (*DATA_FOLDER, split, name)
-        require(storage.exists(*place), f"{storage.show(*place)} is missing; prepare the data again")
+        # Preparing looks at the manifest alone, so it has to go as well.
+        way_out = f"remove {storage.show(*DATA_FOLDER)} and prepare again"
+        require(storage.exists(*place), f"{storage.show(*place)} is missing; {way_out}")
         data = storage.read_bytes(*place)
-        require(hashlib.sha256(data).hexdigest() == sha256, f"{split}/{name} is damaged; prepare the data again")
+        require(hashlib.sha256(data).hexdigest() == sha256, f"{storage.show(*place)} is damaged; {way_out}")
         tables.append(pq.read_table(pa.BufferReader(data)))
     return from_table(pa.concat_tables(tables))
 

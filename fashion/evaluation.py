@@ -104,7 +104,8 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
 def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:
     """Evaluate a run's chosen checkpoint on `split`; write `predictions`, `classes` and `confusion`.
 
-    Other splits' rows of the same run stay. Raises `UserError` if the run has no checkpoint.
+    Each split has files of its own, so two evaluations of one run may go on at once. Raises `UserError` if the run has
+    no checkpoint.
     """
     if not row["checkpoint"]:
         raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
@@ -117,7 +118,6 @@ def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: s
         "confusion": report.confusion_rows(matrix),
     }
     for name, rows in fresh.items():
-        others = [old for old in report.read_table(storage, name, run_id) if old["split"] != split]
-        report.write_table(storage, name, run_id, others + [{"split": split} | new for new in rows])
+        report.write_table(storage, name, run_id, [{"split": split} | new for new in rows], part=split)
     losses = table["loss"].to_numpy().astype(np.float64)
     return Scores(float(losses.mean()), float((labels == predicted).mean()), len(labels))

@@ -119,7 +119,7 @@ class Run:
             self.rows.train_batches(epoch),
             self.optimizer,
             epoch=epoch,
-            set_lr=lambda step: self._set_lr((epoch - 1) * self.steps + step - 1),
+            set_lr=lambda step: self.set_lr((epoch - 1) * self.steps + step - 1),
             precision=self.precision,
             label_smoothing=config.label_smoothing,
             device=device,
@@ -150,7 +150,8 @@ class Run:
         times = {"val_time_s": time.perf_counter() - started}
         return {"val_loss": val.loss, "val_accuracy": val.accuracy, "val_rows": val.num_rows} | times
 
-    def _set_lr(self, step: int) -> None:
+    def set_lr(self, step: int) -> None:
+        """Set the learning rates of `step`, counted from 0 over the whole run."""
         config = self.config
         total = config.epochs * self.steps
         factor = loop.learning_rate(config.schedule, 1.0, config.warmup_fraction, step, total)

@@ -33,6 +33,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def dashboard_port() -> int:
+    """Return the port that the user wants the dashboard on; ends with one line if it is none."""
+    text = os.environ.get("DASHBOARD_PORT", "8265")
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        refuse(f"DASHBOARD_PORT {text!r} must be a number from 1 to 65535")
+    return int(text)
+
+
 def own_pids(state: dict[str, Any]) -> list[int]:
     """Return the live processes of the head: its session, and job drivers working inside its folder.
 
@@ -85,12 +93,12 @@ def refuse(message: str) -> NoReturn:
 
 def up(extra: list[str]) -> str:
     """Start the head in its own session and wait until it serves."""
+    port = dashboard_port()
     if state := read_state():
         return f"Ray runs already at {state['url']} (pid {state['pid']})."
     down()  # clears what a head that died on its own left behind
     env = head_environment()
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    port = int(os.environ.get("DASHBOARD_PORT", "8265"))
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={temp_dir}",
         f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
@@ -169,8 +177,8 @@ def running_head() -> dict[str, Any]:
 def submit(module: str, flags: list[str]) -> NoReturn:
     """Submit `python -m MODULE FLAGS`, follow its log, and exit 0 only if the job succeeded.
 
-    Ctrl-C stops following, not the job: `ray job stop` does that. Ray's own exit code is 0 for a stopped job too, so
-    the status is asked for afterwards.
+    Ctrl-C stops following, not the job. Ray's own exit code is 0 for a stopped job too, so the status is asked for
+    afterwards.
     """
     state = running_head()
     exports = dict(line.removeprefix("export ").split("=", 1) for line in ENV.read_text().splitlines())
@@ -178,7 +186,13 @@ def submit(module: str, flags: list[str]) -> NoReturn:
     name = f"{module.rpartition('.')[2]}-{secrets.token_hex(4)}"
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", module]
-    code = subprocess.run([*command, *flags], env={**os.environ, **variables}, check=False).returncode
+    try:
+        code = subprocess.run([*command, *flags], env={**os.environ, **variables}, check=False).returncode
+    except KeyboardInterrupt:
+        ray_job = f". {ENV}; {ray} job"
+        print(f"job {name} goes on without being followed", file=sys.stderr)
+        print(f"follow it again: {ray_job} logs --follow {name}\nstop it: {ray_job} stop {name}", file=sys.stderr)
+        sys.exit(1)
     final = ask(state, f"/api/jobs/{name}")["status"]
     print(f"job {name}: {final}")
     sys.exit(0 if code == 0 and final == "SUCCEEDED" else 1)

@@ -1,7 +1,8 @@
 """The Parquet reports: schemas, atomic write, read, and what identifies a run (code, versions, hardware).
 
-One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`, and one writer at a time: the
-controller of Ray Train adds `epochs` while a run trains, its driver writes the rest. Knows neither Ray nor torch.
+One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`, or one for each split that was
+evaluated, and one writer of a file at a time: the controller of Ray Train adds `epochs` while a run trains, its driver
+writes the rest. Knows neither Ray nor torch.
 """
 
 import functools
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,8 +158,20 @@ FACTS = ("world_size", "device", "precision", "threads_per_worker", "peak_memory
 """Columns of `runs` that the process which trains knows and nobody else."""
 
 
-def write_table(storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table) -> str:
+def write_table(
+    storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table, *, part: str = ""
+) -> str:
     """Replace the rows of `run_id` in `table`, as a whole; return the file's path as a person would write it.
+
+    With `part`, only the rows of that part: it has a file of its own, so that writers of other parts lose nothing.
+    """
+    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}{f'-{part}' if part else ''}.parquet")
+    storage.write_bytes(encode(table, rows), *place)
+    return storage.show(*place)
+
+
+def encode(table: str, rows: list[dict[str, Any]] | pa.Table) -> pa.Buffer:
+    """Return rows of `table` as a Parquet file.
 
     A missing column becomes null; an unknown one raises `ValueError`, so that no measurement is dropped in silence.
     """
@@ -170,16 +184,18 @@ def write_table(storage: Storage, table: str, run_id: str, rows: list[dict[str, 
     content = rows.cast(schema).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)})
     sink = pa.BufferOutputStream()
     pq.write_table(content, sink, compression="zstd")
-    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}.parquet")
-    storage.write_bytes(sink.getvalue(), *place)
-    return storage.show(*place)
+    return sink.getvalue()
 
 
 def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]]:
     """Return the rows of one run as dictionaries; an empty list when there are none."""
-    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}.parquet")
-    if not storage.exists(*place):
-        return []
+    folder = (REPORTS_FOLDER, table, f"run_id={run_id}")
+    names = [name for name in storage.list(*folder) if name.endswith(".parquet") and not name.startswith(".")]
+    return [row for name in names for row in read_rows(storage, *folder, name)]
+
+
+def read_rows(storage: Storage, *place: str) -> list[dict[str, Any]]:
+    """Return the rows of one Parquet file; raises `UserError` if it is damaged."""
     try:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(*place))).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
@@ -282,6 +298,13 @@ def source_hash() -> str:
         digest.update(f"{path.parent.name}/{path.name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def warn_of_other_code(run_id: str, earlier: dict[str, Any]) -> None:
+    """Say so on standard error if other code than this wrote a run's row: the row will name this code alone."""
+    began, now = earlier["source_hash"], source_hash()
+    if began not in (None, now):
+        print(f"warning: run {run_id} was trained so far by other code ({began[:12]}, now {now[:12]})", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -82,7 +82,7 @@ def search(
     data.check_source(storage, manifest, source)
     if resume:
         data.check_same_data(storage, manifest, read_state(storage, search_id))
-    storage.check_writable()
+    storage.check_writable(report.SEARCHES_FOLDER, report.REPORTS_FOLDER)
     cluster.connect()
     plan = cluster.make_search_plan(config, base, scale, manifest)
     announce(plan)

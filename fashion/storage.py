@@ -75,13 +75,15 @@ class Storage:
         if self.exists(*parts):
             self.fs.delete_dir(self.path(*parts))
 
-    def check_writable(self) -> None:
-        """Raise `UserError` unless a file can be written here; leaves nothing behind, not even a folder."""
+    def check_writable(self, *folders: str) -> None:
+        """Raise `UserError` unless files can be written in `folders` below the root, or in the root if none is named.
+
+        A folder that does not exist yet counts as the nearest one above it. Leaves nothing behind, not even a folder.
+        """
         try:
             if isinstance(self.fs, pafs.LocalFileSystem):
-                path = Path(self.root)
-                existing = next(parent for parent in (path, *path.parents) if parent.is_dir())
-                tempfile.TemporaryFile(dir=existing).close()
+                for folder in folders or ("",):
+                    tempfile.TemporaryFile(dir=nearest_folder(Path(self.root, folder))).close()
             else:
                 self.write_bytes(b"", ".writable")
                 self.fs.delete_file(self.path(".writable"))
@@ -90,17 +92,34 @@ class Storage:
             raise UserError(f"--storage {self.uri} cannot be written ({reason}); name a folder that can be") from error
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists.
+
+    Raises `NotADirectoryError` if a file stands in the way, `PermissionError` if a folder may not be entered.
+    """
+    for place in (path, *path.parents):
+        try:
+            os.stat(f"{place}/.")  # the dot is looked up inside the folder
+        except FileNotFoundError:
+            continue
+        return place
+    raise FileNotFoundError(path)
+
+
 def open_storage(uri: str) -> Storage:
-    """Open `uri`, a local path or a URI; raises `UserError` if it is a file or nothing that pyarrow knows.
+    """Open `uri`, a local path or a URI; raises `UserError` if it is a file, closed or nothing that pyarrow knows.
 
     Nothing is created: see `Storage.check_writable`.
     """
     if "://" not in uri:
         path = Path(uri).expanduser().absolute()
-        parents = [path, *path.parents]
-        blocked = next((str(parent) for parent in parents if parent.exists() and not parent.is_dir()), None)
-        if blocked is not None:
-            raise UserError(f"--storage {uri} cannot be a folder, {blocked} is a file; name another folder")
+        try:
+            nearest_folder(path)
+        except NotADirectoryError:
+            blocked = next(place for place in (path, *path.parents) if place.exists())
+            raise UserError(f"--storage {uri} cannot be a folder, {blocked} is a file; name another folder") from None
+        except OSError as error:
+            raise UserError(f"--storage {uri} cannot be entered ({error}); name a folder that can be") from error
         return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path))
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)

@@ -72,15 +72,16 @@ def train(
         earlier = report.load_run(storage, run_id)
         if earlier["status"] == "completed":
             return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
+        report.warn_of_other_code(run_id, earlier)
     else:
         report.check_new_run(storage, run_id)
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
     data.check_source(storage, manifest, source)
     data.check_same_data(storage, manifest, earlier)
+    storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
     cluster.connect()
     plan = cluster.make_plan(config, scale, manifest)
     announce(plan)
-    storage.check_writable()
     for split in data.SPLITS:
         data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
     identity = {"kind": kind, "search_id": search_id or None}

@@ -57,9 +57,7 @@ def end_badly(epoch: int, reason: str, message: str) -> None:
 def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
     """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
     worker.prepare_process(shared["threads"])
-    rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
-    rows = worker.open_rows(config, shared, rank, lambda name: [ray.get(shared["tables"][name])])
-    run = fit.Run(config, rows, rank, wrap=lambda model, precision: model)
+    run = open_run(config, shared)
     keeper = Keeper(open_storage(shared["storage"]), folder)
     keeper.restore(run)
     for metrics in run.history:
@@ -70,6 +68,13 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
             report(run, metrics)
     except loop.Diverged as error:
         end_badly(run.epochs_done + 1, "diverged", str(error))
+
+
+def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.Run:
+    """Return the run at its very start."""
+    rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
+    rows = worker.open_rows(config, shared, rank, lambda name: [ray.get(shared["tables"][name])])
+    return fit.Run(config, rows, rank, wrap=lambda model, precision: model)
 
 
 def report(run: fit.Run, metrics: Metrics) -> None:

@@ -1,8 +1,10 @@
 """Measure this project side by side with its alternatives, in one run; print the ratios and keep them as Parquet."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from fashion import cli
 from fashion.config import ScaleConfig, require
@@ -15,9 +17,11 @@ class Flags:
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that holds the prepared data; the `bench` table goes there too."""
     rows: str = "b"
-    """Letters of the rows to run, separated by commas: b (the job's loop against the bare step)."""
+    """Letters of the rows to run, with commas: b (the job's loop against the bare step), i (trials of a search)."""
     repeats: int = 7
     """How often each side is timed, >= 3."""
+    out: str = ""
+    """File to write the rows to as Parquet as well; its folder must exist."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
@@ -28,15 +32,25 @@ def main(argv: Sequence[str]) -> None:
     from fashion import bench, cluster, report, summary
     from fashion.storage import open_storage
 
+    out = Path(flags.out).expanduser().absolute() if flags.out else None
+    if out is not None:
+        require(out.parent.is_dir(), f"--out {out}: the folder {out.parent} does not exist; make it or name another")
+        require(not out.is_dir(), f"--out {out} is a folder; name a file")
+        require(os.access(out.parent, os.W_OK), f"--out {out}: the folder cannot be written; name another")
     storage = open_storage(flags.storage)
     letters = flags.rows.split(",")
     unknown = [letter for letter in letters if letter not in bench.ROWS]
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(bench.ROWS)}")
+    storage.check_writable(report.REPORTS_FOLDER)
     cluster.connect()
-    rows = [bench.ROWS[letter](storage, flags.scale, flags.repeats).columns() for letter in letters]
+    measured = [each for letter in letters for each in bench.ROWS[letter](storage, flags.scale, flags.repeats)]
+    rows = [each.columns() for each in measured]
     path = report.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
     summary.print_bench(rows)
     print(f"report: {path}")
+    if out is not None:
+        open_storage(str(out.parent)).write_bytes(report.encode("bench", rows), out.name)
+        print(f"rows: {out}")
 
 
 if __name__ == "__main__":

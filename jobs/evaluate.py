@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     storage = open_storage(flags.storage)
     manifest = data.load_manifest(storage)
     row = report.load_run(storage, flags.run_id)
+    storage.check_writable(report.REPORTS_FOLDER)
     cluster.connect()
     plan = cluster.make_plan(config.TrainConfig.from_dict(json.loads(row["config_json"])), flags.scale, manifest)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)

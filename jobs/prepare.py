@@ -1,10 +1,16 @@
 """Prepare Fashion-MNIST: fetch, verify, split and write it as Parquet, once."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fashion import cli
+
+if TYPE_CHECKING:
+    from fashion.data import Manifest
+    from fashion.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,8 @@ class Flags:
     """Rows that validation takes from the 60,000, equally many of each class."""
     seed: int = 0
     """Seed of the split."""
+    or_synthetic: bool = False
+    """Take the stand-in where the download fails, and replace a stand-in by real data that can be had."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,13 +36,31 @@ def main(argv: Sequence[str]) -> None:
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
-    manifest, written = data.prepare(storage, flags.source, flags.val_rows, flags.seed)
+    if flags.or_synthetic:
+        manifest, written = prepare_or_synthetic(storage, flags)
+    else:
+        manifest, written = data.prepare(storage, flags.source, flags.val_rows, flags.seed)
     rows = ", ".join(f"{count} {split}" for split, count in manifest.rows.items())
     print(f"{'prepared' if written else 'already prepared'}: {manifest.dataset}, {rows} rows")
     print(f"pixels: mean {manifest.pixel_mean:.5f}, std {manifest.pixel_std:.5f}; sha256 {manifest.sha256[:16]}...")
     print(f"data: {storage.show(*data.DATA_FOLDER)}")
-    if manifest.dataset.endswith("synthetic"):
+    if manifest.is_stand_in:
         print("NOTE: this is the drawn stand-in, not Fashion-MNIST; its accuracies say nothing about the real data.")
+
+
+def prepare_or_synthetic(storage: "Storage", flags: Flags) -> "tuple[Manifest, bool]":
+    """Prepare for somebody who has nothing yet: the stand-in, loudly, where the real data cannot be downloaded.
+
+    Every other failure stays one: it would fail for the stand-in too, or hide what the user should mend.
+    """
+    from fashion import data
+
+    try:
+        return data.prepare(storage, flags.source, flags.val_rows, flags.seed, replace_stand_in=True)
+    except data.DownloadFailed as error:
+        print(f"\n*** {error} ***", file=sys.stderr)
+        print("*** Going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***\n", file=sys.stderr)
+        return data.prepare(storage, "synthetic", flags.val_rows, flags.seed)
 
 
 if __name__ == "__main__":

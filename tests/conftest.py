@@ -1,14 +1,16 @@
 """Fixtures: small data for unit tests, one Ray cluster for the whole session, the real data where it is."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from fashion import synthetic
+from fashion import cli, data, synthetic
 from fashion.storage import Storage, open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,14 @@ def small_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("archives")
     synthetic.write_archives(folder, num_train_rows=3000, num_test_rows=500)
     return folder
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
+    """The small archives, taken for the official ones."""
+    sums = {name: data.file_sha256(small_archives / name) for name in data.ARCHIVES}
+    monkeypatch.setattr(data, "ARCHIVES", sums)
+    return small_archives
 
 
 @pytest.fixture
@@ -57,5 +67,27 @@ def ray_cluster() -> Iterator[None]:
 def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m jobs.X ...` as a user would; returns the finished process with its output as text."""
     command = [sys.executable, "-m", *arguments]
-    variables = {**os.environ, "RAY_ADDRESS": "local", **environment}
+    variables = job_environment() | environment
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600, check=False)
+
+
+def call_job(main: Callable[[Sequence[str]], None], *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a command's `main` in this process, which is quicker; returns the same as `run_job`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        cli.run(main, flags)
+    assert isinstance(stop.value.code, int)
+    return subprocess.CompletedProcess(flags, stop.value.code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], told: str) -> None:
+    """Check that a command ended as it does after a user's mistake: code 2 and one line that holds `told`."""
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def job_environment() -> dict[str, str]:
+    """Return what a command runs with: a cluster of its own, and the data that the tests prepare."""
+    return {**os.environ, "RAY_ADDRESS": "local", "FASHION_MNIST_SOURCE": real_source()}

@@ -4,26 +4,21 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA
+from conftest import REAL_DATA, assert_refused, call_job
 
-from fashion import data
+from fashion import data, synthetic
 from fashion.config import UserError
 from fashion.storage import Storage, open_storage
-
-
-@pytest.fixture
-def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
-    """The small archives, taken for the official ones."""
-    sums = {name: data.file_sha256(small_archives / name) for name in data.ARCHIVES}
-    monkeypatch.setattr(data, "ARCHIVES", sums)
-    return small_archives
+from jobs import prepare
 
 
 def test_prepare_splits_every_row_once(storage: Storage, lenient: Path) -> None:
@@ -52,6 +47,66 @@ def test_preparing_again_changes_nothing_and_another_request_is_refused(storage:
         data.prepare(storage, "auto", val_rows=400)
     with pytest.raises(UserError, match="not the stand-in; name another --storage"):
         data.prepare(storage, "synthetic", val_rows=300)
+
+
+# --- the stand-in, where there is no network ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, lenient: Path) -> None:
+    """No mirror answers, and the stand-in has few rows, other ones than the small archives."""
+    draw = synthetic.write_archives
+
+    def refuse(_: Path) -> Path:
+        raise data.DownloadFailed("no mirror answers")
+
+    monkeypatch.setattr(data, "download", refuse)
+    monkeypatch.setattr(synthetic, "write_archives", lambda folder: draw(folder, seed=1, num_train_rows=2000))
+
+
+def or_synthetic(storage: Storage, val_rows: int = 300) -> list[str]:
+    return ["--storage", storage.uri, "--source", "auto", "--val-rows", str(val_rows), "--or-synthetic"]
+
+
+def test_without_a_network_the_stand_in_serves_until_there_is_one(
+    storage: Storage, offline: None, lenient: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # it is there already the second time
+        prepare.main(or_synthetic(storage))
+        printed = capsys.readouterr()
+        assert "Going on with the drawn stand-in" in printed.err
+        assert ": fashion-mnist-synthetic, 1700 train, 300 val, 10000 test rows" in printed.out
+    monkeypatch.setattr(data, "download", lambda _: lenient)
+    prepare.main(or_synthetic(storage))
+    assert "stand-in" not in capsys.readouterr().err
+    manifest = data.load_manifest(storage)
+    assert manifest.rows == {"train": 2700, "val": 300, "test": 500}
+    for split in data.SPLITS:
+        assert storage.list(*data.DATA_FOLDER, split) == sorted(manifest.files[split]), "no file of the stand-in stays"
+
+
+@pytest.mark.parametrize("failure", [UserError("another sum"), OSError("disk full"), RuntimeError("a bug")])
+def test_only_a_failed_download_is_a_reason_for_the_stand_in(
+    storage: Storage, offline: None, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(_: Path) -> Path:
+        raise failure
+
+    monkeypatch.setattr(data, "download", fail)
+    with pytest.raises(type(failure), match=str(failure)):
+        prepare.main(or_synthetic(storage))
+    assert not storage.exists(*data.DATA_FOLDER)
+
+
+def test_prepared_data_is_never_replaced_by_the_stand_in(storage: Storage, lenient: Path, offline: None) -> None:
+    real, _ = data.prepare(storage, str(lenient), val_rows=300)
+    prepare.main(or_synthetic(storage))
+    assert data.load_manifest(storage) == real
+    with pytest.raises(UserError, match="prepared with --val-rows 300, not 400"):
+        prepare.main(or_synthetic(storage, 400))
+
+
+# --- the split ------------------------------------------------------------------------------------------------------
 
 
 def test_another_seed_takes_another_val(tmp_path: Path, lenient: Path) -> None:
@@ -89,14 +144,19 @@ def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> No
     assert [len(data.load_split(storage, manifest, split).labels) for split in data.SPLITS] == [2700, 300, 500]
 
 
-def test_a_damaged_file_is_noticed(storage: Storage, lenient: Path) -> None:
+@pytest.mark.parametrize("state", ["damaged", "missing"])
+def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, lenient: Path, state: str) -> None:
     manifest, _ = data.prepare(storage, str(lenient), val_rows=300)
     path = Path(data.split_paths(storage, manifest, "val")[0])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged; prepare the data again"):
+    path.unlink() if state == "missing" else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path} is {state}; remove (.*) and prepare again") as told:
         data.load_split(storage, manifest, "val")
+    shutil.rmtree(str(told.value).split()[4])
+    again, written = data.prepare(storage, str(lenient), val_rows=300)
+    assert written
+    assert len(data.load_split(storage, again, "val").labels) == 300
 
 
 @pytest.mark.parametrize(
@@ -131,7 +191,7 @@ WRONG = {
     "truncated gzip": (TRAIN_IMAGES, lambda old: old[: len(old) // 2], "not a whole gzip file"),
     "no gzip": (TRAIN_IMAGES, lambda old: b"hello", "not a whole gzip file"),
     "wrong magic": (TRAIN_IMAGES, lambda old: idx(2052, 1, 28, 28, body=bytes(784)), "magic number is 2052"),
-    "wrong size": (TRAIN_IMAGES, lambda old: idx(2051, 1, 28, 29, body=bytes(812)), r"image size is \(28, 29\)"),
+    "wrong size": (TRAIN_IMAGES, lambda old: idx(2051, 1, 28, 29, body=bytes(812)), "image size is (28, 29)"),
     "short header": (TRAIN_LABELS, lambda old: gzip.compress(b"\0\0\10\1"), "header is cut short"),
     "2**32 rows": (TRAIN_IMAGES, lambda old: idx(2051, 2**32 - 1, 28, 28, body=b""), "promises 4294967295 rows"),
     "no rows": (TRAIN_LABELS, lambda old: idx(2049, 0, body=b""), "promises 0 rows"),
@@ -154,9 +214,9 @@ def test_a_wrong_archive_is_refused_and_nothing_is_written(
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(change((folder / name).read_bytes()))
-    with pytest.raises(UserError, match=told):
-        data.prepare(storage, str(folder), val_rows=300)
-    assert not storage.exists(*data.DATA_FOLDER)
+    done = call_job(prepare.main, "--storage", storage.uri, "--source", str(folder), "--val-rows", "300")
+    assert_refused(done, told)
+    assert not Path(storage.root).exists()
 
 
 def test_no_source_folder(storage: Storage) -> None:
@@ -234,6 +294,41 @@ def test_storage_must_be_a_folder(tmp_path: Path) -> None:
             open_storage(str(place))
     with pytest.raises(UserError, match="nonsense://x cannot be opened"):
         open_storage("nonsense://x")
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not enter; root may enter any, so it acts as somebody else meanwhile."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+def test_a_storage_that_may_not_be_entered(closed: Path) -> None:
+    for place in (closed, closed / "below"):
+        with pytest.raises(UserError, match=r"cannot be entered \(.*Permission denied.*\); name a folder that can be"):
+            open_storage(str(place))
+
+
+def test_each_folder_that_is_written_to_must_take_files(storage: Storage) -> None:
+    root = Path(storage.root)
+    storage.check_writable()
+    storage.check_writable("data/fashion-mnist", "runs")
+    assert not root.exists()
+    root.mkdir()
+    (root / "runs").write_text("")
+    (root / "data").symlink_to("/proc")  # takes no files, not even root's
+    storage.check_writable()
+    storage.check_writable("reports")
+    for folder in ("runs", "data", "data/fashion-mnist"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); name a folder that can be"):
+            storage.check_writable("reports", folder)
+    assert sorted(path.name for path in root.iterdir()) == ["data", "runs"]
 
 
 def test_the_sum_names_archives_and_split() -> None:

@@ -1,23 +1,29 @@
 """The commands as a user types them: quick help, one clear line for each mistake, exit code 2, nothing half-written."""
 
+import errno
+import functools
 import os
 import shutil
+import socket
+import tempfile
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from conftest import real_source, run_job
+from conftest import assert_refused, call_job, run_job
 
-from fashion import data, report
+from fashion import cluster, config, data, report, synthetic
 from fashion.storage import Storage, open_storage
+from jobs import bench, evaluate, prepare, train
 
 pytestmark = pytest.mark.commands
 
 
 @pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "report", "bench"])
 def test_help_comes_within_two_seconds(job: str) -> None:
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    while len(times) < 3 and min(times, default=2) >= 2:  # a busy machine gets three tries
         started = time.perf_counter()
         done = run_job(f"jobs.{job}", "--help")
         times.append(time.perf_counter() - started)
@@ -29,7 +35,7 @@ def test_help_comes_within_two_seconds(job: str) -> None:
 MISTAKES = {
     "misspelt flag": (["--lerning-rate", "1"], "--lerning-rate"),
     "close flag": (["--dropout-fcc", "0.1"], "(perhaps --dropout-fc)"),
-    "no number": (["--lr", "fast"], "could not convert string to float: 'fast'"),
+    "no number": (["--lr", "fast"], "--lr: could not convert string to float: 'fast'"),
     "missing value": (["--lr"], "--lr"),
     "unknown preset": (["--preset", "bset"], "--preset bset does not exist; known are default, seed, smoke"),
     "batch not divisible": (["--num-workers", "3"], "--global-batch-size 128 is not divisible by 3 workers; take 126"),
@@ -48,83 +54,133 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(case: str, tmp_path: Path) -> None:
     flags, told = MISTAKES[case]
     storage = tmp_path / "results"
-    done = run_job("jobs.train", "--storage", str(storage), *flags)
-    assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: ")
+    assert_refused(call_job(train.main, "--storage", str(storage), *flags), told)
     assert not storage.exists()
 
 
+def test_a_mistake_ends_the_process_in_the_same_way(tmp_path: Path) -> None:
+    assert_refused(run_job("jobs.train", "--storage", str(tmp_path), "--lr", "nan"), "--lr nan must be")
+
+
 def test_what_the_machine_lacks_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    """Real preflights: these commands start Ray here, see what there is, and stop."""
-    cpus = len(os.sched_getaffinity(0))
-    wide = ["--num-workers", str(2 * cpus), "--global-batch-size", str(64 * cpus)]
-    cases = [(wide, f"needs {2 * cpus} CPUs ({2 * cpus} x 1) and the cluster has")]
-    if shutil.which("nvidia-smi") is None:
-        cases.append((["--use-gpu", "yes"], "--use-gpu yes needs 2 GPU(s), one for each worker, and the cluster has 0"))
-    for flags, told in cases:
-        done = run_job("jobs.train", "--storage", str(tmp_path), "--source", real_source(), *flags)
-        assert done.returncode == 2, done.stderr
-        assert told in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert not (tmp_path / "runs").exists()
-        assert not (tmp_path / "reports").exists()
+    """A real preflight: the command starts Ray here, sees what there is, and stops."""
+    wide = 2 * len(os.sched_getaffinity(0))
+    flags = ["--num-workers", str(wide), "--global-batch-size", str(32 * wide)]
+    done = run_job("jobs.train", "--storage", str(tmp_path), *flags)
+    assert_refused(done, f"needs {wide} CPUs ({wide} x 1) and the cluster has")
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "reports").exists()
 
 
-def test_train_does_not_take_the_stand_in_for_the_real_data(tmp_path: Path) -> None:
-    storage = open_storage(str(tmp_path))
+def test_train_does_not_take_the_stand_in_for_the_real_data(
+    storage: Storage, small_archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = functools.partial(shutil.copytree, small_archives, dirs_exist_ok=True)
+    monkeypatch.setattr(synthetic, "write_archives", small)
     data.prepare(storage, "synthetic", val_rows=500)
-    done = run_job("jobs.train", "--storage", storage.uri, FASHION_MNIST_SOURCE="auto")
-    assert done.returncode == 2
-    assert "holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic" in done.stderr
+    told = "holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic"
+    assert_refused(call_job(train.main, "--storage", storage.uri, "--source", "auto"), told)
 
 
 def test_evaluate_needs_a_run(tmp_path: Path) -> None:
-    done = run_job("jobs.evaluate", "--storage", str(tmp_path))
-    assert done.returncode == 2
-    assert "--run-id" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert_refused(call_job(evaluate.main, "--storage", str(tmp_path)), "--run-id")
 
 
-def test_storage_that_is_a_file_or_read_only(tmp_path: Path) -> None:
+COMMANDS = {
+    "prepare": (prepare.main, ["--source", "synthetic"]),
+    "train": (train.main, ["--source", "auto"]),
+    "evaluate": (evaluate.main, ["--run-id", "done"]),
+    "bench": (bench.main, []),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_storage_that_is_a_file(command: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    file.write_text("")
-    done = run_job("jobs.prepare", "--storage", str(file), "--source", "synthetic")
-    assert (done.returncode, "is a file; name another folder" in done.stderr) == (2, True), done.stderr
-    done = run_job("jobs.prepare", "--storage", "/proc/fashion", "--source", "synthetic")
-    assert (done.returncode, "cannot be written" in done.stderr) == (2, True), done.stderr
+    file.write_text("kept")
+    main, flags = COMMANDS[command]
+    assert_refused(call_job(main, "--storage", str(file), *flags), "is a file; name another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "kept"
 
 
-def test_without_a_source_both_ways_out_are_named(tmp_path: Path) -> None:
-    """A proxy that refuses everything stands for a machine without a network."""
-    refused = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    done = run_job("jobs.prepare", "--storage", str(tmp_path), "--source", "download", **refused, no_proxy="")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_storage_that_is_read_only_is_found_out_before_the_work(
+    command: str, finished: Storage, lenient: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operating system's refusal is played: whoever runs these tests may be allowed to write everywhere."""
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def start() -> None:
+        raise AssertionError("Ray was started")
+
+    main, flags = COMMANDS[command]
+    if command != "prepare":
+        data.prepare(finished, str(lenient), val_rows=300)
+    before = sorted(Path(finished.root).rglob("*"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(cluster, "connect", start)
+    assert_refused(call_job(main, "--storage", finished.uri, *flags), "cannot be written ([Errno 30] Read-only file")
+    assert sorted(Path(finished.root).rglob("*")) == before
+
+
+def test_bench_writes_its_rows_where_it_is_told(
+    finished: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fashion import bench as library
+
+    row = library.Measurement("b_job_vs_step", "images/s", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0], 0.92, 1)
+    monkeypatch.setitem(library.ROWS, "b", lambda *_: row)
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    out = tmp_path / "rows.parquet"
+    done = call_job(bench.main, "--storage", finished.uri, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(out).to_pylist()[0]["ratio"] == 2.0
+    assert len(finished.list("reports", "bench")) == 1
+    for place, told in ((tmp_path, "is a folder; name a file"), (tmp_path / "no" / "x", "does not exist; make it")):
+        assert_refused(call_job(bench.main, "--storage", finished.uri, "--out", str(place)), told)
+
+
+@pytest.mark.parametrize("answer", ["refused", "silent"])
+def test_without_a_network_both_ways_out_are_named(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror that refuses connections, and one that takes them and never answers."""
+    from torchvision.datasets import FashionMNIST
+
+    with socket.socket() as mirror:
+        mirror.bind(("127.0.0.1", 0))
+        if answer == "silent":
+            mirror.listen()
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{mirror.getsockname()[1]}/"])
+        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT_S", 0.2)
+        monkeypatch.setenv("no_proxy", "*")
+        done = call_job(prepare.main, "--storage", str(tmp_path), "--source", "download")
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ("timed out" if answer == "silent" else "Connection refused") in last
     assert "--source DIR with the four archives" in last
     assert "--source synthetic" in last
     assert not (tmp_path / "data").exists()
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.fixture
 def finished(storage: Storage) -> Storage:
     """A storage whose reports hold a finished run."""
-    from fashion import config
-
     row = {"status": "completed", "config_json": report.config_json(config.preset("smoke")), "checkpoint": "x"}
     report.write_table(storage, "runs", "done", [row])
     return storage
 
 
 def test_a_run_id_that_is_taken(finished: Storage) -> None:
-    done = run_job("jobs.train", "--storage", finished.uri, "--run-id", "done")
-    assert (done.returncode, "--run-id done exists already" in done.stderr) == (2, True), done.stderr
+    done = call_job(train.main, "--storage", finished.uri, "--run-id", "done")
+    assert_refused(done, "--run-id done exists already")
 
 
 def test_resume_with_other_settings_says_which(finished: Storage) -> None:
     flags = ["--storage", finished.uri, "--run-id", "done", "--resume", "--lr", "0.5", "--epochs", "9"]
-    done = run_job("jobs.train", *flags)
-    assert done.returncode == 2
-    assert "--epochs 9 (was 2), --lr 0.5 (was" in done.stderr
+    assert_refused(call_job(train.main, *flags), "--epochs 9 (was 2), --lr 0.5 (was")
     assert open_storage(finished.uri).exists("reports", "runs")

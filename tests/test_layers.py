@@ -16,6 +16,8 @@ LAYERS: dict[str, list[str]] = {
     "nothing": [
         "config",
         "cli",
+        "metrics",
+        "space",
         "synthetic",
         "summary",
         "head",
@@ -24,13 +26,14 @@ LAYERS: dict[str, list[str]] = {
         "page",
         "jobs.prepare",
         "jobs.train",
+        "jobs.tune",
         "jobs.evaluate",
         "jobs.bench",
         "jobs.report",
     ],
-    "pyarrow": ["storage", "data", "report", "plots"],
+    "pyarrow": ["storage", "data", "report", "ledger", "plots"],
     "torch": ["model", "loop", "optimizer", "checkpoint", "fit"],
-    "ray": ["bench", "cluster", "evaluation", "progress", "trainer", "worker"],
+    "ray": ["bench", "cluster", "evaluation", "progress", "search", "strategy", "trainer", "trial", "worker"],
 }
 HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas")
 

@@ -91,10 +91,10 @@ def write_predictions(storage: Storage, run_id: str, split: data.Split, *, wrong
         "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(chances.reshape(-1)), 10),
         "loss": np.zeros(len(labels), np.float32),
     }
-    report.write_table(storage, "predictions", run_id, pa.table(columns))
+    report.write_table(storage, "predictions", run_id, pa.table(columns), part="test")
     matrix = report.confusion_matrix(labels, predicted)
     for table, rows in (("confusion", report.confusion_rows(matrix)), ("classes", report.class_rows(matrix))):
-        report.write_table(storage, table, run_id, [{"split": "test"} | row for row in rows])
+        report.write_table(storage, table, run_id, [{"split": "test"} | row for row in rows], part="test")
 
 
 def trial(number: int, generator: np.random.Generator) -> dict[str, Any]:

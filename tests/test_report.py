@@ -1,5 +1,6 @@
 """Reports: fixed schemas, whole files, one call reads a table in pandas and in DuckDB."""
 
+import shutil
 import threading
 import time
 from datetime import UTC, datetime
@@ -46,6 +47,16 @@ def test_rows_come_back_as_written(storage: Storage) -> None:
     assert rows[0]["loss"] == 0.5
     assert rows[0]["lr"] is None
     assert report.read_table(storage, "epochs", "b") == []
+
+
+def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
+    """So that two evaluations at once, of two splits, never write over each other's rows."""
+    for split, counts in (("val", [1]), ("test", [2, 3]), ("val", [4])):
+        report.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
+    assert storage.list("reports", "confusion", "run_id=a") == ["confusion-test.parquet", "confusion-val.parquet"]
+    rows = report.read_table(storage, "confusion", "a")
+    assert [(row["split"], row["count"]) for row in rows] == [("test", 2), ("test", 3), ("val", 4)]
+    assert len(pd.read_parquet(f"{storage.uri}/reports/confusion")) == 3
 
 
 def test_a_column_that_nobody_agreed_on_is_refused(storage: Storage) -> None:
@@ -112,9 +123,29 @@ def test_a_damaged_report_is_named(storage: Storage) -> None:
         report.find_run(storage, "a")
 
 
-def test_the_source_hash_follows_the_code() -> None:
-    assert len(report.source_hash()) == 64
-    assert set(report.versions()) == {"ray_version", "torch_version"}
+def test_the_source_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, root = report.source_hash(), Path(report.__file__).resolve().parent.parent
+    for folder in ("fashion", "jobs"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "fashion" / "report.py"))
+    hash_now = report.source_hash.__wrapped__
+    assert hash_now() == here, "a copy elsewhere is the same code"
+    seen = {hash_now()}
+    for path in (tmp_path / "fashion" / "loop.py", tmp_path / "jobs" / "train.py"):
+        path.write_text(path.read_text() + "\n")
+        seen.add(hash_now())
+    (tmp_path / "jobs" / "train.py").rename(tmp_path / "jobs" / "other.py")
+    seen.add(hash_now())
+    assert len(seen) == 4
+    (tmp_path / "jobs" / "notes.txt").write_text("not code")
+    assert hash_now() in seen
+
+
+def test_other_code_than_that_of_the_row_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    report.warn_of_other_code("a", {"source_hash": report.source_hash()})
+    assert capsys.readouterr().err == ""
+    report.warn_of_other_code("a", {"source_hash": "0" * 64})
+    assert capsys.readouterr().err.startswith("warning: run a was trained so far by other code (000000000000, now ")
 
 
 # --- the tables of an evaluation ----------------------------------------------------------------------------------

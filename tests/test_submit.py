@@ -32,10 +32,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def head(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fashion.head", *arguments]
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | environment
+def run(project: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the copy, without the user's own settings of Ray and make."""
+    foreign = ("RAY_", "MAKE", "MFLAGS")
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=project, env=variables, timeout=600, check=False)
+
+
+def make(project: Path, target: str, *variables: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `make` with the environment that runs these tests: nothing is installed."""
+    python = f"RUN={sys.executable} -m"
+    return run(project, "make", "-o", ".venv/.installed", target, python, *variables, **environment)
+
+
+def head(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the module behind the targets: its exit code is not make's."""
+    return run(project, sys.executable, "-m", "fashion.head", *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +56,26 @@ def running(project: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    up = head(project, "up", DASHBOARD_PORT=port)
-    assert up.returncode == 0, up.stderr
-    yield f"http://127.0.0.1:{port}"
-    down = head(project, "down")
-    assert "Ray is down" in down.stdout
-    assert head(project, "down").stdout.startswith("Ray is not up")
+    # Somebody else's process, in the same folder, that looks like a head node of Ray.
+    script = "import time; time.sleep(3600)"
+    other = subprocess.Popen([sys.executable, "-c", script, "ray", "start", "--head", "--block"], cwd=project)
+    try:
+        up = make(project, "up", DASHBOARD_PORT=port)
+        assert up.returncode == 0, up.stderr
+        yield f"http://127.0.0.1:{port}"
+        down = make(project, "down")
+        assert "Ray is down" in down.stdout, down.stderr
+        assert other.poll() is None, "make down stopped a process that is not its own"
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", int(port))) != 0, "make down left the head node running"
+    finally:
+        other.kill()
+        other.wait()
+    assert make(project, "down").stdout.startswith("Ray is not up")
 
 
 def test_a_second_up_starts_nothing(project: Path, running: str) -> None:
-    assert "Ray runs already" in head(project, "up").stdout
+    assert "Ray runs already" in make(project, "up").stdout
 
 
 def test_the_package_is_the_code_and_small(project: Path) -> None:
@@ -79,8 +101,8 @@ def test_the_package_is_the_code_and_small(project: Path) -> None:
 
 def test_the_same_job_runs_when_submitted(project: Path, running: str, storage: Storage) -> None:
     data.prepare(storage, real_source(), val_rows=500)
-    flags = ["--storage", storage.uri, "--preset", "smoke", "--run-id", "sent", "--num-workers", "2"]
-    done = head(project, "submit", "jobs.train", *flags, "--epochs", "1", "--max-train-rows", "256")
+    flags = [f"STORAGE={storage.uri}", f"SOURCE={real_source()}", "PRESET=smoke", "RUN_ID=sent"]
+    done = make(project, "submit-train", *flags, "EPOCHS=1", "MAX_TRAIN_ROWS=256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
     assert "epoch 1/1" in done.stdout
