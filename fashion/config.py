@@ -47,7 +47,7 @@ class TrainConfig:
 
     preset: str = "default"
     """Named recipe that the other fields start from: default, seed or smoke."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes over the training rows, >= 1."""
     global_batch_size: int = 128
     """Rows per optimizer step, summed over the workers, >= 1."""
