@@ -24,12 +24,19 @@ in_full = $(or $(realpath $(1)),$(1))
 flag = $(if $($(1)),--$(2) $($(1)))
 scale_flags = --num-workers $(NUM_WORKERS) $(call flag,CPUS_PER_WORKER,cpus-per-worker) $(call flag,USE_GPU,use-gpu)
 source_flag = $(if $(SOURCE),--source $(call in_full,$(SOURCE)))
+submit_source = $(or $(source_flag),$(if $(FASHION_MNIST_SOURCE),--source $(call in_full,$(FASHION_MNIST_SOURCE))))
 train_flags = --storage $(storage) $(scale_flags) $(call flag,RUN_ID,run-id) $(call flag,PRESET,preset) \
 	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
 	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
 
-.PHONY: help setup quickstart prepare train evaluate report bench test check fmt up submit-train down clean
+tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,PRESET,preset) \
+	$(call flag,NUM_SAMPLES,num-samples) $(call flag,MAX_EPOCHS,max-epochs) $(call flag,GRACE_EPOCHS,grace-epochs) \
+	$(call flag,REDUCTION_FACTOR,reduction-factor) $(call flag,WORKERS_PER_TRIAL,workers-per-trial) \
+	$(call flag,GPUS_PER_TRIAL,gpus-per-trial) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) $(ARGS)
+
+.PHONY: help setup quickstart prepare train tune evaluate report bench test check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +62,9 @@ prepare: setup ## Fetch, verify, split and write the data, once: SOURCE, VAL_ROW
 
 train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
 	@$(RUN) jobs.train $(train_flags) $(source_flag)
+
+tune: setup ## Search lr and dropout with ASHA, then train the winner on all rows: NUM_SAMPLES, MAX_EPOCHS, ...
+	@$(RUN) jobs.tune $(tune_flags) $(source_flag) --refit
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT
 	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
@@ -84,8 +94,10 @@ up: setup ## Start a head node here: token authentication on, dashboard on 127.0
 	@$(RUN) fashion.head up
 
 submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow it, exit with its status
-	@$(RUN) fashion.head submit jobs.train $(train_flags) \
-		$(or $(source_flag),$(if $(FASHION_MNIST_SOURCE),--source $(call in_full,$(FASHION_MNIST_SOURCE))))
+	@$(RUN) fashion.head submit jobs.train $(train_flags) $(submit_source)
+
+submit-tune: setup ## Submit `jobs.tune` to it likewise
+	@$(RUN) fashion.head submit jobs.tune $(tune_flags) $(submit_source) --refit
 
 down: setup ## Stop what `make up` started, and nothing else
 	@$(RUN) fashion.head down

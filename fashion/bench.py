@@ -62,9 +62,10 @@ class Measurement:
 
 def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurement]:
     """Row b: the job's training loop (shard, shuffle, flips, schedule, metrics, DDP) against the same step on one
-    pre-made batch in the same workers: in plain PyTorch, which exchanges no gradients, and under DDP.
+    pre-made batch: in plain PyTorch, one process with all the threads and the whole batch; in the job's workers without
+    any exchange of gradients, which no training can do; and in the workers under DDP.
     """
-    steps = 60
+    steps = 50
     config = TrainConfig(epochs=1)
     scale.check_batch(config.global_batch_size)
     manifest = data.load_manifest(storage)
@@ -87,6 +88,7 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
     threads = plan.threads_per_worker * plan.num_workers[1]
     return [
         Measurement("b_job_vs_plain_step", "images/s", rates["job"], rates["plain"], 0.92, threads),
+        Measurement("b_job_vs_lone_steps", "images/s", rates["job"], rates["alone"], 0.92, threads),
         Measurement("b_job_vs_ddp_step", "images/s", rates["job"], rates["ddp"], 0.97, threads),
     ]
 
@@ -96,9 +98,11 @@ def time_job_and_step(settings: dict[str, Any]) -> dict[str, list[float]]:
     worker.prepare_process(settings["threads"])
     run = worker.start_run(settings)
     steps = settings["steps"]
-    batches = list(itertools.islice(run.rows.train_batches(1), 1)) * steps
+    batch = next(iter(run.rows.train_batches(1)))
+    batches = [batch] * steps
     sides: dict[str, Callable[[int], None]] = {
-        "plain": lambda repeat: time_steps(run, run.model, batches),
+        "plain": lambda repeat: time_one_process(run, batch, steps),
+        "alone": lambda repeat: time_steps(run, run.model, batches),
         "ddp": lambda repeat: time_steps(run, run.wrapped, batches),
         "job": lambda repeat: time_loop(run, itertools.islice(run.rows.train_batches(repeat), steps)),
     }
@@ -117,6 +121,16 @@ def together(work: Callable[[], None]) -> float:
     work()
     dist.barrier()
     return time.perf_counter() - started
+
+
+def time_one_process(run: fit.Run, batch: loop.Batch, steps: int) -> None:
+    """Rank 0 alone steps over the batches of all ranks with the threads of all ranks, while the others wait."""
+    if run.rank.rank == 0:
+        images, labels = batch
+        width, threads = run.rank.world_size, torch.get_num_threads()
+        torch.set_num_threads(width * threads)
+        time_steps(run, run.model, [(images.repeat(width, 1, 1, 1), labels.repeat(width))] * steps)
+        torch.set_num_threads(threads)
 
 
 def time_steps(run: fit.Run, model: nn.Module, batches: list[loop.Batch]) -> None:
@@ -171,18 +185,21 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
     starts = [(after["started_at"] - before["finished_at"]).total_seconds() for before, after in pairwise(runs)]
     threads = max(1, int(scale.cpus_per_worker))
     return [
-        Measurement(
-            "i_loop_time_vs_trial_time", "1/s", [1 / each for each in trials], [1 / b for b in bare], 0.95, threads
-        ),
+        Measurement("i_loop_time_vs_trial_time", "1/h", inverse(trials), inverse(bare), 0.95, threads),
         Measurement(
             "i_empty_start_plus_1_s_vs_start",
-            "1/s",
-            [1 / each for each in starts],
-            [1 / (each + 1) for each in empty_starts(repeats)],
+            "1/h",
+            inverse(starts),
+            inverse([start + 1 for start in empty_starts(repeats)]),
             1.0,
             threads,
         ),
     ]
+
+
+def inverse(seconds: list[float]) -> list[float]:
+    """Turn durations into rates per hour, so that more is better."""
+    return [3600 / each for each in seconds]
 
 
 def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeats: int) -> list[float]:

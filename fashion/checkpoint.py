@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ class DamagedCheckpoint(RuntimeError):
     """A checkpoint folder whose files are missing or differ from their sums."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write a checkpoint into the existing, empty `folder`; the manifest goes last."""
+def encode(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, bytes]:
+    """Return a checkpoint as files, name -> content. The manifest comes last: without it, a folder is no checkpoint."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -36,9 +37,13 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
         OPTIMIZER: buffer.getvalue(),
         PROGRESS: json.dumps(progress).encode(),
     }
+    return files | {MANIFEST: manifest_of(files).encode()}
+
+
+def save(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files of a checkpoint into the existing, empty `folder`."""
     for name, data in files.items():
         write_synced(folder / name, data)
-    write_synced(folder / MANIFEST, manifest_of(files).encode())
 
 
 def manifest_of(files: dict[str, bytes]) -> str:
@@ -65,24 +70,32 @@ def verified(name: str, manifest: bytes, data: bytes) -> bytes:
     return data
 
 
-def read(folder: Path, name: str) -> bytes:
-    """Return a checkpoint file's verified content."""
-    try:
-        return verified(name, (folder / MANIFEST).read_bytes(), (folder / name).read_bytes())
-    except OSError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder.name} lacks {Path(error.filename or name).name}") from error
-
-
 def load_weights(data: bytes) -> dict[str, Tensor]:
     """Parse safetensors bytes into a state dict on the CPU."""
     return load_safetensors(data)
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore `model` and `optimizer` from `folder`; return the progress. Raises `DamagedCheckpoint`."""
-    weights = load_weights(read(folder, WEIGHTS))
-    optimizer_state = torch.load(io.BytesIO(read(folder, OPTIMIZER)), map_location="cpu", weights_only=True)
-    progress: dict[str, Any] = json.loads(read(folder, PROGRESS))
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(optimizer_state)
+def restore(read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore `model` and `optimizer` from verified files and return the progress.
+
+    `read_file(name)` gives a file's content. Raises `DamagedCheckpoint`; nothing is changed then.
+    """
+    manifest = read_file(MANIFEST)
+    weights, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
+    progress: dict[str, Any] = json.loads(progress_file)
+    state = torch.load(io.BytesIO(optimizer_file), map_location="cpu", weights_only=True)
+    model.load_state_dict(load_weights(weights))
+    optimizer.load_state_dict(state)
     return progress
+
+
+def files_of(folder: Path) -> Callable[[str], bytes]:
+    """Return `read_file` for `restore` over a local folder."""
+
+    def read_file(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise DamagedCheckpoint(f"checkpoint {folder.name} lacks {name}") from error
+
+    return read_file

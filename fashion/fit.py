@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,13 +82,13 @@ class Run:
             "threads_per_worker": torch.get_num_threads(),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint into the empty `folder`."""
-        checkpoint.save(folder, self.model, self.optimizer, {"format": PROGRESS_FORMAT, "history": self.history})
+    def encode(self) -> dict[str, bytes]:
+        """Return a checkpoint's files."""
+        return checkpoint.encode(self.model, self.optimizer, {"format": PROGRESS_FORMAT, "history": self.history})
 
-    def restore(self, folder: Path) -> None:
-        """Continue from the checkpoint in `folder`."""
-        progress = checkpoint.load(folder, self.model, self.optimizer)
+    def restore(self, read_file: Callable[[str], bytes]) -> None:
+        """Continue from a checkpoint whose files `read_file(name)` gives. Raises `checkpoint.DamagedCheckpoint`."""
+        progress = checkpoint.restore(read_file, self.model, self.optimizer)
         if progress.get("format") != PROGRESS_FORMAT:
             raise checkpoint.DamagedCheckpoint("checkpoint was written by another version of this project")
         self.history = progress["history"]

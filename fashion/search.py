@@ -123,6 +123,7 @@ def run_trials(
     quieten_tune()
     config = ledger.config
     shared = shared_by_trials(storage, search_id, config, base, plan, manifest)
+    shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     tuner = ray.tune.Tuner(
         trainable,

@@ -145,13 +145,15 @@ class SearchScale:
     """Most trials at a time; 0 computes it from the live cluster."""
     time_budget_s: float = 0.0
     """Seconds after which the search ends with what it has; 0 sets no limit."""
+    checkpoint_every_s: float = 30.0
+    """Seconds between a one-worker trial's checkpoints, which are made at the ends of epochs; 0 makes one at each."""
     refit_workers: int = 2
     """Workers of the run that trains the winner on all rows, >= 1."""
 
     def __post_init__(self) -> None:
         ScaleConfig(num_workers="1", cpus_per_worker=self.cpus_per_worker)
         require(self.refit_workers >= 1, f"--refit-workers {self.refit_workers} must be at least 1")
-        for name in ("gpus_per_trial", "max_concurrent", "time_budget_s"):
+        for name in ("gpus_per_trial", "max_concurrent", "time_budget_s", "checkpoint_every_s"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{flag(name)} {value} must be finite and at least 0")
         whole = self.gpus_per_trial < 1 or self.gpus_per_trial == int(self.gpus_per_trial)

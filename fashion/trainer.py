@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import ray.exceptions
 import ray.train
+from pyarrow import fs as pafs
 from ray.train.torch import TorchTrainer
 
 from fashion import cluster, data, evaluation, report
@@ -21,6 +22,7 @@ from fashion.metrics import epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
 from fashion.progress import EpochsWriter, Watcher
 from fashion.storage import Storage
+from fashion.tracking import FOLDER, TensorBoard
 from fashion.worker import train_loop_per_worker
 
 CHECKPOINTS_TO_KEEP = 1
@@ -212,10 +214,17 @@ def build_trainer(
             ),
             # With an elastic width, a lost worker or node costs the epochs since the last checkpoint, not the run.
             failure_config=ray.train.FailureConfig(max_failures=0 if plan.num_workers[0] == plan.num_workers[1] else 3),
-            callbacks=[EpochsWriter(storage, run_id)],
+            callbacks=[EpochsWriter(storage, run_id), *curves(storage, run_id, config)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def curves(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoard]:
+    """Return what writes TensorBoard's event files beside the run; nothing if the storage is no folder: it appends."""
+    if not isinstance(storage.fs, pafs.LocalFileSystem):
+        return []
+    return [TensorBoard(storage.path(report.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 
 
 def worker_settings(

@@ -4,8 +4,8 @@ Both report an epoch at a time, with the same columns, and wait for the schedule
 checkpoint reports its earlier epochs again: the scheduler knows those that it judged, and judges those that it missed.
 """
 
-import tempfile
-from pathlib import Path
+import functools
+import time
 from typing import Any
 
 import ray
@@ -35,8 +35,8 @@ def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
     """Run the trial of `point`: its name and settings. `shared` is what all trials of the search have in common.
 
     `shared` holds `base` (`TrainConfig.to_dict()`), `storage` and `search_id`, `workers_per_trial`, and what
-    `worker.train_loop_per_worker` is told; for one worker also `tables` (dataset -> reference to its table) and
-    `use_gpu`, for several `datasets` and `scaling`.
+    `worker.train_loop_per_worker` is told; for one worker also `checkpoint_every_s`, `use_gpu` and `tables` (dataset ->
+    reference to its table), for several `worker_settings`, `datasets` and `scaling`.
     """
     settings = {name: value for name, value in point.items() if name != TRIAL}
     try:
@@ -58,7 +58,7 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
     """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
     worker.prepare_process(shared["threads"])
     run = open_run(config, shared)
-    keeper = Keeper(open_storage(shared["storage"]), folder)
+    keeper = Keeper(open_storage(shared["storage"]), folder, shared["checkpoint_every_s"])
     keeper.restore(run)
     for metrics in run.history:
         report(run, metrics)
@@ -131,38 +131,38 @@ def remove_workers(search_id: str, trial_id: str) -> None:
 
 
 class Keeper:
-    """Keeps the latest checkpoint of a trial in the storage: a new one is complete before the old one goes."""
+    """Keeps the latest checkpoint of a trial in the storage: a new one is whole before the old one goes."""
 
-    def __init__(self, storage: Storage, folder: tuple[str, ...]) -> None:
-        """Keep checkpoints below `folder`, one folder for each epoch."""
+    def __init__(self, storage: Storage, folder: tuple[str, ...], every_s: float) -> None:
+        """Keep checkpoints below `folder`, one folder for an epoch, `every_s` seconds apart or more."""
         self._storage = storage
         self._folder = folder
+        self._every_s = every_s
+        self._saved = time.monotonic()
 
     def save(self, run: fit.Run) -> None:
-        """Save `run` after its latest epoch and remove earlier checkpoints."""
-        earlier = self._epochs()
-        name = f"epoch-{run.epochs_done:04d}"
-        with tempfile.TemporaryDirectory() as temporary:
-            run.save(Path(temporary))
-            # The manifest goes last: without it, a folder is no checkpoint.
-            for file in (*checkpoint.FILES, checkpoint.MANIFEST):
-                self._storage.write_bytes((Path(temporary) / file).read_bytes(), *self._folder, name, file)
+        """Save `run` after its latest epoch, if it is time, and remove earlier checkpoints."""
+        if time.monotonic() - self._saved < self._every_s:
+            return
+        earlier, name = self._epochs(), f"epoch-{run.epochs_done:04d}"
+        for file, content in run.encode().items():
+            self._storage.write_bytes(content, *self._folder, name, file)
         for old in earlier:
             if old != name:
                 self._storage.delete_folder(*self._folder, old)
+        self._saved = time.monotonic()
 
     def restore(self, run: fit.Run) -> None:
         """Continue `run` from the latest checkpoint that is whole; without one it stays at its start."""
         for name in reversed(self._epochs()):
-            with tempfile.TemporaryDirectory() as temporary:
-                try:
-                    for file in (*checkpoint.FILES, checkpoint.MANIFEST):
-                        content = self._storage.read_bytes(*self._folder, name, file)
-                        (Path(temporary) / file).write_bytes(content)
-                    run.restore(Path(temporary))
-                except (FileNotFoundError, checkpoint.DamagedCheckpoint):
-                    continue  # torn by a kill in mid-save; the one before is still there
+            try:
+                run.restore(functools.partial(self._read, name))
+            except (FileNotFoundError, checkpoint.DamagedCheckpoint):
+                continue  # torn by a kill in mid-save; the one before is still there
             return
 
+    def _read(self, name: str, file: str) -> bytes:
+        return self._storage.read_bytes(*self._folder, name, file)
+
     def _epochs(self) -> list[str]:
-        return sorted(name for name in self._storage.list(*self._folder) if name.startswith("epoch-"))
+        return [name for name in self._storage.list(*self._folder) if name.startswith("epoch-")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fashion import data, fit, loop
+from fashion import checkpoint, data, fit, loop
 from fashion.cluster import quieten
 from fashion.config import TrainConfig
 from fashion.metrics import Metrics, checkpoint_score
@@ -121,7 +121,7 @@ def restore_latest(run: fit.Run) -> int | None:
     if latest is None:
         return None
     with latest.as_directory() as folder:
-        run.restore(Path(folder))
+        run.restore(checkpoint.files_of(Path(folder)))
     return run.epochs_done
 
 
@@ -129,12 +129,12 @@ def report(run: fit.Run, metrics: Metrics) -> None:
     """Hand the epoch to Ray Train; it is a barrier, so every rank calls it. Rank 0 brings the checkpoint."""
     scored = run.facts() | metrics | {"checkpoint_score": checkpoint_score(metrics)}
     with ExitStack() as stack:
-        checkpoint = None
+        attached = None
         if run.rank.rank == 0:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            run.save(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=f"epoch-{run.epochs_done:04d}")
+            checkpoint.save(Path(folder), run.encode())
+            attached = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(scored, checkpoint=attached, checkpoint_dir_name=f"epoch-{run.epochs_done:04d}")
 
 
 def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> None:

@@ -32,14 +32,14 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     step(model, optimizer)
     folder = tmp_path / "epoch-0001"
     folder.mkdir()
-    checkpoint.save(folder, model, optimizer, {"history": [{"epoch": 1}]})
+    checkpoint.save(folder, checkpoint.encode(model, optimizer, {"history": [{"epoch": 1}]}))
     return folder, model, optimizer
 
 
 def test_a_restored_run_goes_on_to_the_bit(saved: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = saved
     other, other_optimizer = make(1)
-    assert checkpoint.load(folder, other, other_optimizer) == {"history": [{"epoch": 1}]}
+    assert checkpoint.restore(checkpoint.files_of(folder), other, other_optimizer) == {"history": [{"epoch": 1}]}
     for pair in ((model, optimizer), (other, other_optimizer)):
         step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -62,7 +62,7 @@ def test_damage_is_noticed_before_anything_is_believed(saved: tuple[Path, Any, A
     model, optimizer = make(1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(DamagedCheckpoint):
-        checkpoint.load(saved[0], model, optimizer)
+        checkpoint.restore(checkpoint.files_of(saved[0]), model, optimizer)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -87,5 +87,5 @@ def test_a_booby_trapped_optimizer_state_does_not_run(
     (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_of(files))
     model, optimizer = make(1)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        checkpoint.load(folder, model, optimizer)
+        checkpoint.restore(checkpoint.files_of(folder), model, optimizer)
     assert not Path("sprung").exists()

@@ -33,7 +33,18 @@ LAYERS: dict[str, list[str]] = {
     ],
     "pyarrow": ["storage", "data", "report", "ledger", "plots"],
     "torch": ["model", "loop", "optimizer", "checkpoint", "fit"],
-    "ray": ["bench", "cluster", "evaluation", "progress", "search", "strategy", "trainer", "trial", "worker"],
+    "ray": [
+        "bench",
+        "cluster",
+        "evaluation",
+        "progress",
+        "search",
+        "strategy",
+        "tracking",
+        "trainer",
+        "trial",
+        "worker",
+    ],
 }
 HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas")
 

@@ -23,7 +23,7 @@ from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
 
-ONE_AT_A_TIME = SearchScale(max_concurrent=1)
+ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
 BASE = TrainConfig(preset="smoke", max_train_rows=512, global_batch_size=64)
 # What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
 PLANTED = (
@@ -127,7 +127,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
     flags += ["--max-train-rows", "512", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
-    flags += ["--max-concurrent", "1", "--first", *PLANTED]
+    flags += ["--max-concurrent", "1", "--checkpoint-every-s", "0", "--first", *PLANTED]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],
         cwd=ROOT,

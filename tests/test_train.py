@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, job_environment, real_source, run_job
+from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
@@ -68,7 +69,7 @@ def train(storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig
 def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a run's chosen checkpoint."""
     folder = Path(storage.path(row["checkpoint"]))
-    return checkpoint.load_weights(checkpoint.read(folder, checkpoint.WEIGHTS))
+    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
 
 
 @pytest.mark.parametrize("num_workers", [3, 7])  # 1, 2 and 4 come further down
@@ -145,7 +146,7 @@ def fit_last(storage: Storage, run_id: str, config: TrainConfig, num_workers: in
     """Train; return the weights after the last step, which need not be the chosen ones."""
     fit(storage, run_id, config, num_workers)
     folder = Path(storage.path("runs", run_id, f"epoch-{config.epochs:04d}"))
-    return checkpoint.load_weights(checkpoint.read(folder, checkpoint.WEIGHTS))
+    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
 
 
 def fit_first(config: TrainConfig) -> dict[str, Tensor]:
@@ -210,6 +211,24 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, st
     cells = report.read_table(storage, "confusion", "whole")
     assert sum(cell["count"] for cell in cells) == 10_000
     assert sum(cell["count"] for cell in cells if cell["label"] == cell["predicted"]) == right
+
+
+def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.Finished, storage: Storage) -> None:
+    [path] = Path(storage.path("runs", "whole", "tensorboard")).glob("events.out.tfevents.*")
+    values = {(value.tag, event.step): value.simple_value for event in events_of(path) for value in event.summary.value}
+    rows = report.read_table(storage, "epochs", "whole")
+    for row in rows:
+        assert values[f"{row['split']}_loss", row["epoch"]] == pytest.approx(row["loss"])
+    assert any("_hparams_" in tag for tag, _ in values)
+
+
+def events_of(path: Path) -> Iterator[Event]:
+    """Read TensorBoard's records: length (8 bytes), its sum (4), the event, its sum (4)."""
+    content = path.read_bytes()
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
 
 
 def test_training_again_under_the_same_name(trained: trainer.Finished, storage: Storage) -> None:
