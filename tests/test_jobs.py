@@ -15,12 +15,12 @@ from conftest import assert_refused, call_job, run_job
 
 from fashion import cluster, config, data, report, synthetic
 from fashion.storage import Storage, open_storage
-from jobs import bench, evaluate, prepare, train
+from jobs import bench, evaluate, prepare, train, tune
 
 pytestmark = pytest.mark.commands
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "report", "bench"])
+@pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate", "report", "bench"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times: list[float] = []
     while len(times) < 3 and min(times, default=2) >= 2:  # a busy machine gets three tries
@@ -48,6 +48,33 @@ MISTAKES = {
     "resume of nothing": (["--resume", "--run-id", "nope"], "--run-id nope does not exist"),
     "no such source": (["--source", "/nowhere"], "--source /nowhere is neither"),
 }
+
+
+SEARCH_MISTAKES = {
+    "misspelt flag": (["--num-sample", "1"], "--num-sample"),
+    "range upside down": (["--lr", "0.1", "0.01"], "--lr 0.1 0.01 must be two finite numbers, the lower one first"),
+    "one bound": (["--lr", "0.1"], "--lr"),
+    "dropout of one": (["--dropout-fc", "0", "1"], "--dropout-fc 1.0 must lie in [0, 1)"),
+    "no trials": (["--num-samples", "0"], "--num-samples 0 must lie between 1 and 10000"),
+    "late rung": (["--grace-epochs", "9"], "--grace-epochs 9 must lie between 1 and 6"),
+    "same flag twice": (["--first", "{}", "--first", "{}"], "--first is given 2 times; give it once"),
+    "unknown setting": (["--first", '{"epochs": 2}'], "sets epochs; this search draws dropout_conv, dropout_fc, lr"),
+    "unknown network": (["--depth", "resnet"], "'resnet'"),
+    "batch not divisible": (["--workers-per-trial", "3"], "--global-batch-size 128 is not divisible by 3 workers"),
+    "shared gpu": (["--workers-per-trial", "2", "--gpus-per-trial", "0.5"], "must be 0 or 2: one GPU for each worker"),
+    "unsafe search id": (["--search-id", "../x"], "--search-id '../x' must start with a letter"),
+    "resume without id": (["--resume"], "--resume needs --search-id"),
+    "resume of nothing": (["--resume", "--search-id", "nope"], "--search-id nope does not exist"),
+    "budget below zero": (["--time-budget-s", "-1"], "--time-budget-s -1.0 must be finite and at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", SEARCH_MISTAKES)
+def test_a_mistake_in_a_search_is_one_line_and_code_2(case: str, tmp_path: Path) -> None:
+    flags, told = SEARCH_MISTAKES[case]
+    storage = tmp_path / "results"
+    assert_refused(call_job(tune.main, "--storage", str(storage), *flags), told)
+    assert not storage.exists()
 
 
 @pytest.mark.parametrize("case", MISTAKES)

@@ -33,6 +33,18 @@ def test_parameters_layer_by_layer(padding: str) -> None:
     assert count_parameters(model) == NUM_PARAMETERS["vgg"] == 7_001_194
 
 
+@pytest.mark.parametrize("depth", ["deep", "deep-bn"])
+def test_deeper_variants_keep_the_published_layers_and_a_bound(depth: str) -> None:
+    model = make(depth=depth)
+    assert {name: count_parameters(getattr(model, name)) for name in PUBLISHED_LAYERS} == PUBLISHED_LAYERS
+    assert count_parameters(model) == NUM_PARAMETERS[depth] <= 8_000_000
+    assert count_parameters(model.conv3b) + count_parameters(model.conv6b) == 36_928 + 590_080
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    assert model(images).shape == (3, 10)
+    assert not torch.equal(model(images), make()(images))
+    assert any("norms" in name for name in model.state_dict()) == (depth == "deep-bn")
+
+
 def test_raw_images_to_logits() -> None:
     images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
     logits = make()(images)
