@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fashion import checkpoint, loop
 from fashion.config import TrainConfig
 from fashion.metrics import Metrics
-from fashion.model import FashionCNN, initialise, place
+from fashion.model import FashionCNN, count_parameters, initialise, place
 from fashion.optimizer import build_optimizer
 
 EVAL_BATCH_SIZE = 500
@@ -76,6 +76,7 @@ class Run:
         """Return what this process knows of how it runs, in columns of the `runs` table."""
         device = self.rank.device
         return {
+            "num_parameters": count_parameters(self.model),
             "world_size": self.rank.world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "precision": self.precision,

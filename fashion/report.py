@@ -154,7 +154,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-FACTS = ("world_size", "device", "precision", "threads_per_worker", "peak_memory_bytes")
+FACTS = ("num_parameters", "world_size", "device", "precision", "threads_per_worker", "peak_memory_bytes")
 """Columns of `runs` that the process which trains knows and nobody else."""
 
 
