@@ -77,9 +77,9 @@ report: setup ## One page of everything measured, for the browser: OUT
 bench: setup ## Measure the job side by side with its alternatives
 	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)
 
-test: setup ## Run all tests: first those without Ray
-	@.venv/bin/python -m pytest -m "not commands and not ray and not cluster"
-	@.venv/bin/python -m pytest -m "commands or ray or cluster"
+test: setup ## Run all tests: first the quick ones
+	@.venv/bin/python -m pytest -m "not slow and not commands and not ray and not cluster"
+	@.venv/bin/python -m pytest -m "slow or commands or ray or cluster"
 
 check: setup ## Lint, format check, types; writes nothing
 	@.venv/bin/ruff check .

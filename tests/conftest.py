@@ -25,6 +25,12 @@ def real_source() -> str:
     return str(REAL_DATA) if REAL_DATA.is_dir() else "synthetic"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave Ray's modules unread where their tests are not wanted: to import Ray takes as long as many unit tests."""
+    import_ray = ("test_jobs.py", "test_search.py", "test_train.py")
+    return True if "not ray" in config.option.markexpr and collection_path.name in import_ray else None
+
+
 @pytest.fixture(scope="session")
 def small_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four archives of the drawn stand-in: 3,000 training and 500 test rows."""
