@@ -10,6 +10,7 @@ STORAGE ?= $(or $(FASHION_STORAGE),results)
 NUM_WORKERS ?= 2
 SPLIT ?= test
 OUT ?= results/report.html
+REFIT ?= yes
 ARGS ?=
 
 UV_VERSION := 0.13.9
@@ -34,7 +35,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,NUM_SAMPLES,num-samples) $(call flag,MAX_EPOCHS,max-epochs) $(call flag,GRACE_EPOCHS,grace-epochs) \
 	$(call flag,REDUCTION_FACTOR,reduction-factor) $(call flag,WORKERS_PER_TRIAL,workers-per-trial) \
 	$(call flag,GPUS_PER_TRIAL,gpus-per-trial) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
-	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) $(ARGS)
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
 .PHONY: help setup quickstart prepare train tune evaluate report bench test check fmt up submit-train submit-tune down clean
 
@@ -63,8 +64,8 @@ prepare: setup ## Fetch, verify, split and write the data, once: SOURCE, VAL_ROW
 train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
 	@$(RUN) jobs.train $(train_flags) $(source_flag)
 
-tune: setup ## Search lr and dropout with ASHA, then train the winner on all rows: NUM_SAMPLES, MAX_EPOCHS, ...
-	@$(RUN) jobs.tune $(tune_flags) $(source_flag) --refit
+tune: setup ## Search lr and dropout with ASHA, then (REFIT=yes) train the winner on all rows
+	@$(RUN) jobs.tune $(tune_flags) $(source_flag)
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT
 	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
@@ -97,7 +98,7 @@ submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow
 	@$(RUN) fashion.head submit jobs.train $(train_flags) $(submit_source)
 
 submit-tune: setup ## Submit `jobs.tune` to it likewise
-	@$(RUN) fashion.head submit jobs.tune $(tune_flags) $(submit_source) --refit
+	@$(RUN) fashion.head submit jobs.tune $(tune_flags) $(submit_source)
 
 down: setup ## Stop what `make up` started, and nothing else
 	@$(RUN) fashion.head down

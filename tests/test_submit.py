@@ -113,6 +113,19 @@ def test_the_same_job_runs_when_submitted(project: Path, running: str, storage: 
         assert report.read_table(storage, table, "sent"), table
 
 
+def test_a_search_runs_when_submitted(project: Path, running: str, storage: Storage) -> None:
+    data.prepare(storage, real_source(), val_rows=100)
+    flags = [f"STORAGE={storage.uri}", f"SOURCE={real_source()}", "PRESET=smoke", "SEARCH_ID=sought", "REFIT=no"]
+    done = make(project, "submit-tune", *flags, "NUM_SAMPLES=2", "MAX_EPOCHS=1", "MAX_TRAIN_ROWS=256")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCEEDED" in done.stdout
+    for trial in ("sought-t0000", "sought-t0001"):
+        [row] = report.read_table(storage, "trials", trial)
+        assert (row["search_id"], row["status"], row["epochs_done"]) == ("sought", "completed", 1)
+        assert len(report.read_table(storage, "epochs", trial)) == 2
+        assert report.load_run(storage, trial)["source_hash"] == source_hash_of(project)
+
+
 def source_hash_of(project: Path) -> str:
     code = "from fashion import report; print(report.source_hash())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project, check=True)
