@@ -14,6 +14,7 @@ import ray.exceptions
 import ray.train
 from pyarrow import fs as pafs
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from fashion import cluster, data, evaluation, report
 from fashion.cluster import Plan
@@ -38,6 +39,18 @@ class Finished:
     row: dict[str, Any]
     paths: dict[str, str]
     was_finished: bool = False
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """A `TorchTrainer` without the process that Ray 2.60 starts beside each one to remove its placement group later.
+
+    The group of a run goes with its driver, that of a trial with `trial.remove_workers`. That process takes 0.6 GB, and
+    it stays for ever where no dashboard answers it or another Ray runs on the machine.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class RunFailed(RuntimeError):
@@ -198,7 +211,7 @@ def build_trainer(
         "train": data.cut_points(plan.num_train_rows, *plan.num_workers),
         "val": data.cut_points(plan.num_val_rows, *plan.num_workers),
     }
-    return TorchTrainer(
+    return Trainer(
         train_loop_per_worker,
         train_loop_config=worker_settings(config, plan, manifest, cuts),
         datasets=open_datasets(storage, manifest, config, cuts),

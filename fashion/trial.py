@@ -14,12 +14,10 @@ import ray.tune
 import torch
 from ray import PlacementGroupID
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup
 
-from fashion import checkpoint, fit, loop, worker
+from fashion import checkpoint, fit, loop, trainer, worker
 from fashion.config import TrainConfig, UserError
 from fashion.metrics import Metrics
 from fashion.report import SEARCHES_FOLDER
@@ -88,7 +86,7 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
     Started again under the same name and place, Ray Train goes on from the run's latest checkpoint by itself.
     """
     storage = open_storage(shared["storage"])
-    result = TrialTrainer(
+    result = trainer.Trainer(
         worker.train_loop_per_worker,
         train_loop_config=shared["worker_settings"] | {"config": config.to_dict(), "trial": "/".join(folder[1:3])},
         datasets=shared["datasets"],
@@ -109,20 +107,11 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
         end_badly(len(told["history"]) + 1, "diverged", told["diverged"])
 
 
-class TrialTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """A `TorchTrainer` that leaves it to the search to free its workers when Tune stops the trial.
-
-    Ray 2.60 starts a process for each trainer to do so, which stays if it gets no answer from a dashboard, or
-    finds another Ray on the machine; the placement group then stays too, and the next trial waits for ever.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-
 def remove_workers(search_id: str, trial_id: str) -> None:
-    """Remove the placement group of a trial's workers, and with it the workers, if there are any."""
+    """Remove the placement group of a trial's workers, and with it the workers, if there are any.
+
+    Tune stops a trial by ending its process; the group would stay, and the next trial wait for it for ever.
+    """
     key = worker.placement_key(f"{search_id}/{trial_id}")
     binary = _internal_kv_get(key)
     if binary:

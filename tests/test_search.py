@@ -24,7 +24,7 @@ from fashion.storage import Storage, open_storage
 pytestmark = pytest.mark.ray
 
 ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
-BASE = TrainConfig(preset="smoke", max_train_rows=512, global_batch_size=64)
+BASE = TrainConfig(preset="smoke", max_train_rows=320, global_batch_size=64)
 # What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
 PLANTED = (
     '{"lr": NaN}',
@@ -115,7 +115,7 @@ def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Stora
     with pytest.raises(UserError, match="--search-id unbroken exists already"):
         search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic")
     other = replace(BASE, max_train_rows=100)
-    with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 512\)"):
+    with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 320\)"):
         search.search(prepared, "unbroken", CONFIG, other, ONE_AT_A_TIME, source="synthetic", resume=True)
 
 
@@ -126,7 +126,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
-    flags += ["--max-train-rows", "512", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
+    flags += ["--max-train-rows", "320", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
     flags += ["--max-concurrent", "1", "--checkpoint-every-s", "0", "--first", *PLANTED]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],
@@ -152,12 +152,12 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
 
 
 def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None, prepared: Storage) -> None:
-    """Each trial takes both CPUs; the second one is stopped in mid-run, and the third one starts nevertheless."""
-    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}', '{"lr": 0.03, "dropout_fc": 0.5}')
-    config = SearchConfig(num_samples=3, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
+    """Each trial takes both CPUs; the second one starts when the first is done, and is stopped in mid-run."""
+    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}')
+    config = SearchConfig(num_samples=2, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
     search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
     found = outcomes(prepared, "wide", config)
-    assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1), ("stopped", 1)]
+    assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1)]
     assert report.load_run(prepared, "wide-t0000")["world_size"] == 2
 
 
