@@ -62,10 +62,9 @@ class Measurement:
 
 def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurement]:
     """Row b: the job's training loop (shard, shuffle, flips, schedule, metrics, DDP) against the same step on one
-    pre-made batch: in plain PyTorch, one process with all the threads and the whole batch; in the job's workers without
-    any exchange of gradients, which no training can do; and in the workers under DDP.
+    pre-made batch in the same workers: in plain PyTorch, without any exchange of gradients, and under DDP.
     """
-    steps = 50
+    steps = 150
     config = TrainConfig(epochs=1)
     scale.check_batch(config.global_batch_size)
     manifest = data.load_manifest(storage)
@@ -88,7 +87,6 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
     threads = plan.threads_per_worker * plan.num_workers[1]
     return [
         Measurement("b_job_vs_plain_step", "images/s", rates["job"], rates["plain"], 0.92, threads),
-        Measurement("b_job_vs_lone_steps", "images/s", rates["job"], rates["alone"], 0.92, threads),
         Measurement("b_job_vs_ddp_step", "images/s", rates["job"], rates["ddp"], 0.97, threads),
     ]
 
@@ -98,11 +96,9 @@ def time_job_and_step(settings: dict[str, Any]) -> dict[str, list[float]]:
     worker.prepare_process(settings["threads"])
     run = worker.start_run(settings)
     steps = settings["steps"]
-    batch = next(iter(run.rows.train_batches(1)))
-    batches = [batch] * steps
+    batches = [next(iter(run.rows.train_batches(1)))] * steps
     sides: dict[str, Callable[[int], None]] = {
-        "plain": lambda repeat: time_one_process(run, batch, steps),
-        "alone": lambda repeat: time_steps(run, run.model, batches),
+        "plain": lambda repeat: time_steps(run, run.model, batches),
         "ddp": lambda repeat: time_steps(run, run.wrapped, batches),
         "job": lambda repeat: time_loop(run, itertools.islice(run.rows.train_batches(repeat), steps)),
     }
@@ -121,16 +117,6 @@ def together(work: Callable[[], None]) -> float:
     work()
     dist.barrier()
     return time.perf_counter() - started
-
-
-def time_one_process(run: fit.Run, batch: loop.Batch, steps: int) -> None:
-    """Rank 0 alone steps over the batches of all ranks with the threads of all ranks, while the others wait."""
-    if run.rank.rank == 0:
-        images, labels = batch
-        width, threads = run.rank.world_size, torch.get_num_threads()
-        torch.set_num_threads(width * threads)
-        time_steps(run, run.model, [(images.repeat(width, 1, 1, 1), labels.repeat(width))] * steps)
-        torch.set_num_threads(threads)
 
 
 def time_steps(run: fit.Run, model: nn.Module, batches: list[loop.Batch]) -> None:
