@@ -64,7 +64,7 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
     """Row b: the job's training loop (shard, shuffle, flips, schedule, metrics, DDP) against the same step on one
     pre-made batch in the same workers: in plain PyTorch, without any exchange of gradients, and under DDP.
     """
-    steps = 150
+    steps = 60
     config = TrainConfig(epochs=1)
     scale.check_batch(config.global_batch_size)
     manifest = data.load_manifest(storage)
