@@ -17,13 +17,25 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return roughly the nearest semi-orthogonal matrix to `matrix` (m, n): same singular vectors, values near 1."""
+    """Return roughly the nearest semi-orthogonal matrix to `matrix` (m, n): same singular vectors, values near 1.
+
+    Each step multiplies by a polynomial P of the Gram matrix G = X X^T, and the next Gram matrix is P G P. So the
+    polynomials are multiplied first, all of them m x m, and X once at the end: about half the work for a convolution
+    (m = 256, n = 1152), and the same to rounding.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x: Tensor = wide / (wide.norm() + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.T
+    product = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
+    x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 

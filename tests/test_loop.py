@@ -11,7 +11,7 @@ from torch import nn
 
 from fashion import loop
 from fashion.config import TrainConfig
-from fashion.optimizer import Muon, build_optimizer, orthogonalised
+from fashion.optimizer import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, build_optimizer, orthogonalised
 
 CPU = torch.device("cpu")
 
@@ -229,6 +229,20 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
     values = torch.linalg.svdvals(orthogonalised(matrix))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("decades", [0, 3, 6])
+def test_orthogonalising_by_gram_matrices_equals_the_plain_iteration(decades: int) -> None:
+    """Also for matrices whose singular values span `decades` powers of ten."""
+    generator = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(64, 288, generator=generator), full_matrices=False)
+    matrix = u * torch.logspace(0, -decades, 64) @ v
+    a, b, c = NEWTON_SCHULZ
+    plain = matrix.double() / matrix.norm()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = plain @ plain.T
+        plain = a * plain + (b * gram + c * gram @ gram) @ plain
+    assert (orthogonalised(matrix).double() - plain).abs().max() < 1e-3
 
 
 def conv_net() -> nn.Module:
