@@ -29,13 +29,14 @@ submit_source = $(or $(source_flag),$(if $(FASHION_MNIST_SOURCE),--source $(call
 train_flags = --storage $(storage) $(scale_flags) $(call flag,RUN_ID,run-id) $(call flag,PRESET,preset) \
 	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
 	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
-	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(ARGS)
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,PRECISION,precision) $(call flag,PADDING,padding) $(call flag,MLFLOW,mlflow) $(ARGS)
 
 tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,PRESET,preset) \
 	$(call flag,NUM_SAMPLES,num-samples) $(call flag,MAX_EPOCHS,max-epochs) $(call flag,GRACE_EPOCHS,grace-epochs) \
 	$(call flag,REDUCTION_FACTOR,reduction-factor) $(call flag,WORKERS_PER_TRIAL,workers-per-trial) \
 	$(call flag,GPUS_PER_TRIAL,gpus-per-trial) $(call flag,CPUS_PER_WORKER,cpus-per-worker) \
-	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
+	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
+	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
 .PHONY: help setup quickstart prepare train tune evaluate report bench test check fmt up submit-train submit-tune down clean
 

@@ -30,6 +30,7 @@ from fashion.metrics import TIMES, Metrics
 from fashion.space import SearchConfig, SearchScale
 from fashion.storage import Storage
 from fashion.strategy import Points, replayed, sampler_of, trial_name, waiting
+from fashion.tracking import check_mlflow
 from fashion.trial import CHECKPOINTS, TRIAL, remove_workers, train_trial
 
 RETRIES = 1
@@ -65,14 +66,18 @@ def search(
     source: str = "auto",
     resume: bool = False,
     refit: bool = False,
+    mlflow: str = "",
     announce: Callable[[SearchPlan], None] = lambda plan: None,
 ) -> Found:
     """Run or continue a search; with `refit`, train the winner on all rows and evaluate it once on test.
 
-    `base` gives the settings that are not searched. `announce` is given the plan before anything starts. Raises
+    `base` gives the settings that are not searched. `mlflow` is the address of a server that hears of every trial, as
+    an experiment named like the search, and of the refit. `announce` is given the plan before anything starts. Raises
     `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports say the same.
     """
     scale.check_workers(config.workers_per_trial)
+    if mlflow:
+        check_mlflow(mlflow)
     base = trial_base(config, base, scale)
     if resume:
         check_same_search(storage, search_id, config, base)
@@ -91,11 +96,13 @@ def search(
     ledger = Ledger(storage, search_id, config, identity, base.to_dict())
     points = waiting(ledger)
     if points:
-        run_trials(storage, search_id, ledger, points, base, scale, plan, manifest)
+        run_trials(storage, search_id, ledger, points, base, scale, plan, manifest, mlflow)
     trials = ledger.ranked()
+    if not trials:
+        raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
     if trials[0].score < 0:
         raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
-    refitted = refit_winner(storage, search_id, trials[0], base, scale, plan, source) if refit else None
+    refitted = refit_winner(storage, search_id, trials[0], base, scale, plan, source, mlflow) if refit else None
     return Found(trials, refitted, was_finished=not points)
 
 
@@ -118,6 +125,7 @@ def run_trials(
     scale: SearchScale,
     plan: SearchPlan,
     manifest: data.Manifest,
+    mlflow: str,
 ) -> None:
     """Run `points` on Ray Tune and write down what becomes of each; the trials' checkpoints are gone afterwards."""
     quieten_tune()
@@ -125,6 +133,11 @@ def run_trials(
     shared = shared_by_trials(storage, search_id, config, base, plan, manifest)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
+    loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
+    if mlflow:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        loggers.append(MLflowLoggerCallback(mlflow, experiment_name=search_id))
     tuner = ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
@@ -143,7 +156,7 @@ def run_trials(
             storage_path=storage.path(report.SEARCHES_FOLDER),
             storage_filesystem=storage.fs,
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Recorder(storage, search_id, ledger), TBXLoggerCallback()],
+            callbacks=[Recorder(storage, search_id, ledger), *loggers],
             verbose=0,
         ),
     )
@@ -275,6 +288,7 @@ def refit_winner(
     scale: SearchScale,
     plan: SearchPlan,
     source: str,
+    mlflow: str,
 ) -> trainer.Finished:
     """Train the winner's settings on all rows, val included, for the epochs chosen on val; evaluate once on test."""
     assert winner.best is not None, "the winner has an epoch"
@@ -298,4 +312,5 @@ def refit_winner(
         resume=report.find_run(storage, run_id) is not None,
         kind="refit",
         search_id=search_id,
+        mlflow=mlflow,
     )

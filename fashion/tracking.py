@@ -1,12 +1,21 @@
-"""Curves where people already look: TensorBoard event files beside a run. Those of trials are Ray Tune's own."""
+"""Curves where people already look: TensorBoard event files beside a run, and an MLflow server if one is named.
 
+Those of trials are written by Ray Tune's own callbacks.
+"""
+
+import os
+from importlib.util import find_spec
 from typing import Any
 
 from ray.train import UserCallback
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
+from fashion.config import UserError, require
+
 FOLDER = "tensorboard"
+EXPERIMENT = "fashion"
+"""MLflow's experiment of single runs; a search is an experiment of its own name."""
 
 
 class TensorBoard(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -20,7 +29,7 @@ class TensorBoard(UserCallback):  # type: ignore[misc]  # Ray has no types
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Add an epoch."""
-        numbers = {name: value for name, value in metrics[0].items() if isinstance(value, int | float)}
+        numbers = numbers_of(metrics[0])
         if self._writer is None:
             self._writer = SummaryWriter(self._folder, flush_secs=1)
             for summary in hparams(self._settings, dict.fromkeys(numbers, 0.0)):
@@ -28,3 +37,77 @@ class TensorBoard(UserCallback):  # type: ignore[misc]  # Ray has no types
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, int(numbers["epoch"]))
         self._writer.flush()
+
+
+def numbers_of(columns: dict[str, Any]) -> dict[str, int | float]:
+    """Return the columns that can be plotted."""
+    return {name: value for name, value in columns.items() if isinstance(value, int | float)}
+
+
+class MLflowRun(UserCallback):  # type: ignore[misc]
+    """A run on an MLflow tracking server: its settings, each epoch's metrics, how it ended.
+
+    The driver begins and ends it; in between, a copy in Ray Train's controller adds the epochs. A resumed run goes on
+    under its name.
+    """
+
+    def __init__(self, uri: str, run_id: str, settings: dict[str, Any]) -> None:
+        """Begin `run_id`, or go on with it."""
+        from mlflow.entities import Param
+
+        self._uri = uri
+        client = mlflow_client(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        number = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+        known = client.search_runs([number], f"attributes.run_name = '{run_id}'", max_results=1)
+        self._id = (known[0] if known else client.create_run(number, run_name=run_id)).info.run_id
+        client.update_run(self._id, status="RUNNING")
+        client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Add an epoch."""
+        self._log(numbers_of(metrics[0]), int(metrics[0]["epoch"]))
+
+    def end(self, row: dict[str, Any]) -> None:
+        """Add what only the `runs` row knows, and end as it did."""
+        self._log(numbers_of({name: row.get(name) for name in ("test_accuracy", "test_loss", "wall_s")}), 0)
+        ends = {"completed": "FINISHED", "interrupted": "KILLED"}
+        mlflow_client(self._uri).set_terminated(self._id, ends.get(row["status"], "FAILED"))
+
+    def _log(self, numbers: dict[str, int | float], step: int) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        rows = [Metric(name, float(value), now, step) for name, value in numbers.items()]
+        mlflow_client(self._uri).log_batch(self._id, metrics=rows)
+
+
+def mlflow_client(uri: str) -> Any:
+    """Return a client of the server at `uri`."""
+    # Its own limits would wait for minutes for a server that is not there; and nobody asked it to tell its makers.
+    for name, value in (("HTTP_REQUEST_MAX_RETRIES", "3"), ("HTTP_REQUEST_TIMEOUT", "30"), ("DISABLE_TELEMETRY", "1")):
+        os.environ.setdefault(f"MLFLOW_{name}", value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def check_mlflow(uri: str) -> None:
+    """Raise `UserError` unless an MLflow server answers at `uri`."""
+    require(
+        uri.startswith(("http://", "https://")),
+        f"--mlflow {uri} must be the address of a tracking server, as in http://127.0.0.1:5000",
+    )
+    require(
+        find_spec("mlflow") is not None,
+        f"--mlflow {uri} needs the package mlflow-skinny, which is not installed; install it or leave out --mlflow",
+    )
+    client = mlflow_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"--mlflow {uri} does not answer ({reason}); start it or leave out --mlflow") from error

@@ -5,7 +5,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from fashion.metrics import epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
 from fashion.progress import EpochsWriter, Watcher
 from fashion.storage import Storage
-from fashion.tracking import FOLDER, TensorBoard
+from fashion.tracking import FOLDER, MLflowRun, TensorBoard, check_mlflow
 from fashion.worker import train_loop_per_worker
 
 CHECKPOINTS_TO_KEEP = 1
@@ -72,15 +72,19 @@ def train(
     resume: bool = False,
     kind: str = "train",
     search_id: str = "",
+    mlflow: str = "",
     announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Finished:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
     Prepares the data from `source` if the storage holds none, and connects to Ray. `kind` and `search_id` are columns
-    of its row: the winner of a search is trained as its `refit`. `announce` is given the plan before anything starts.
-    Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports say the same.
+    of its row: the winner of a search is trained as its `refit`. `mlflow` is the address of a server that hears of it.
+    `announce` is given the plan before anything starts. Raises `UserError` for what the user can mend and
+    `RunFailed` for a run that failed; the reports say the same.
     """
     scale.check_batch(config.global_batch_size)
+    if mlflow:
+        check_mlflow(mlflow)
     earlier: dict[str, Any] = {}
     if resume:
         report.check_same_config(storage, run_id, config)
@@ -102,14 +106,17 @@ def train(
     identity = {"kind": kind, "search_id": search_id or None}
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
+    tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
     try:
-        row = started | run_or_explain(storage, run_id, config, plan, manifest)
+        row = started | run_or_explain(storage, run_id, config, plan, manifest, tracked)
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
         report.write_table(storage, "runs", run_id, [started | {"status": "failed", "error": brief(error)}])
         raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
+    for each in tracked:
+        each.end(row)
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")
     return Finished(run_id, row, result_paths(storage, run_id, row))
@@ -145,14 +152,19 @@ def identity_columns(config: TrainConfig, manifest: data.Manifest) -> dict[str, 
 
 
 def run_or_explain(
-    storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
+    storage: Storage,
+    run_id: str,
+    config: TrainConfig,
+    plan: Plan,
+    manifest: data.Manifest,
+    tracked: Sequence[MLflowRun] = (),
 ) -> dict[str, Any]:
     """Fit the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
 
     Whatever stops the run becomes a row with a status and a reason; details go to standard error.
     """
     try:
-        columns = fit_and_choose(storage, run_id, config, plan, manifest)
+        columns = fit_and_choose(storage, run_id, config, plan, manifest, tracked)
         if columns["status"] == "completed":
             scores = evaluation.evaluate_run(storage, run_id, columns, split="test", plan=plan)
             columns |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
@@ -166,11 +178,16 @@ def run_or_explain(
 
 
 def fit_and_choose(
-    storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
+    storage: Storage,
+    run_id: str,
+    config: TrainConfig,
+    plan: Plan,
+    manifest: data.Manifest,
+    tracked: Sequence[MLflowRun] = (),
 ) -> dict[str, Any]:
     """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
     with Watcher(storage, run_id, config.last_epoch):
-        result = in_a_thread(build_trainer(storage, run_id, config, plan, manifest).fit)
+        result = in_a_thread(build_trainer(storage, run_id, config, plan, manifest, tracked).fit)
     return outcome_columns(storage, run_id, config, manifest, result)
 
 
@@ -204,7 +221,12 @@ def brief(error: BaseException) -> str:
 
 
 def build_trainer(
-    storage: Storage, run_id: str, config: TrainConfig, plan: Plan, manifest: data.Manifest
+    storage: Storage,
+    run_id: str,
+    config: TrainConfig,
+    plan: Plan,
+    manifest: data.Manifest,
+    tracked: Sequence[MLflowRun] = (),
 ) -> TorchTrainer:
     """Return the trainer, its datasets in the object store."""
     cuts = {
@@ -227,7 +249,7 @@ def build_trainer(
             ),
             # With an elastic width, a lost worker or node costs the epochs since the last checkpoint, not the run.
             failure_config=ray.train.FailureConfig(max_failures=0 if plan.num_workers[0] == plan.num_workers[1] else 3),
-            callbacks=[EpochsWriter(storage, run_id), *curves(storage, run_id, config)],
+            callbacks=[EpochsWriter(storage, run_id), *curves(storage, run_id, config), *tracked],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -23,6 +23,8 @@ class Flags:
     """Name of the run; made from preset and time if empty."""
     resume: bool = False
     """Continue --run-id from its latest checkpoint, with the settings that it was started with."""
+    mlflow: str = ""
+    """Address of an MLflow tracking server that is told each epoch as well, as in http://127.0.0.1:5000."""
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
             flags.scale,
             source=flags.source,
             resume=flags.resume,
+            mlflow=flags.mlflow,
             announce=lambda plan: summary.print_plan(run_id, storage.uri, plan),
         )
     except trainer.RunFailed as error:

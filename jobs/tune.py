@@ -28,6 +28,8 @@ class Flags:
     """Continue --search-id, with the settings that it was started with."""
     refit: bool = False
     """Afterwards train the winner on all 60,000 rows and evaluate it once on test."""
+    mlflow: str = ""
+    """Address of an MLflow tracking server that is told each epoch as well, as in http://127.0.0.1:5000."""
     preset: str = "default"
     """Recipe that gives the settings which are not searched."""
     global_batch_size: int = TrainConfig.global_batch_size
@@ -72,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
             source=flags.source,
             resume=flags.resume,
             refit=flags.refit,
+            mlflow=flags.mlflow,
             announce=lambda plan: summary.print_search_plan(search_id, storage.uri, plan),
         )
     except search.SearchFailed as error:

@@ -1,13 +1,17 @@
 """Searches on Ray Tune: poor trials stop early, bad ones become rows, and a killed search goes on as if nothing was."""
 
 import functools
+import importlib.metadata
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from fashion import data, ledger, report, search, strategy, synthetic
+from fashion import data, ledger, report, search, strategy, synthetic, tracking
 from fashion.config import TrainConfig, UserError
 from fashion.ledger import Ledger, name_of
 from fashion.space import SearchConfig, SearchScale
@@ -48,9 +52,49 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_cluster: None, prepared: Storage) -> search.Found:
-    """A search that nobody interrupts, with a refit."""
-    return search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True)
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real tracking server over SQLite, in an environment of its own; empty where none can be had."""
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    if uv is None:
+        yield ""
+        return
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    version = importlib.metadata.version("mlflow-skinny")
+    environment = [uv, "run", "--no-project", "--isolated", "--python", sys.executable, "--with", f"mlflow=={version}"]
+    command = [*environment, "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        [*command, "--backend-store-uri", f"sqlite:///{folder}/store.db", "--default-artifact-root", str(folder)],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 180
+    while server.poll() is None and time.monotonic() < deadline and not answers(uri):
+        time.sleep(0.2)
+    yield uri if server.poll() is None and answers(uri) else ""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+    server.wait(timeout=60)
+
+
+def answers(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.Found:
+    """A search that nobody interrupts, with a refit; an MLflow server hears of it where there is one."""
+    return search.search(
+        prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server
+    )
 
 
 def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) -> list[tuple[Any, ...]]:
@@ -106,6 +150,55 @@ def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(unbroken: sear
     config = report.stored_config(prepared, "unbroken-refit")
     assert {name: getattr(config, name) for name in winner.settings} == winner.settings
     assert (config.hold_out_val, config.max_train_rows, config.epochs) == (False, 0, 3)
+
+
+def test_mlflow_is_told_of_trials_and_of_the_refit(
+    unbroken: search.Found, prepared: Storage, mlflow_server: str
+) -> None:
+    if not mlflow_server:
+        pytest.skip("no MLflow server could be installed and started here")
+    client = tracking.mlflow_client(mlflow_server)
+
+    def runs_of(experiment: str) -> dict[str, Any]:
+        number = client.get_experiment_by_name(experiment).experiment_id
+        return {run.info.run_name: run for run in client.search_runs([number])}
+
+    trials = runs_of("unbroken")
+    assert sorted(trials) == [name_of(number) for number in range(8)]
+    assert trials["t0003"].data.params["lr"] == "0.001"
+    told = client.get_metric_history(trials["t0003"].info.run_id, "val_accuracy")
+    epochs = [each for each in report.read_table(prepared, "epochs", "unbroken-t0003") if each["split"] == "val"]
+    assert [metric.value for metric in told] == [each["accuracy"] for each in epochs]
+    refit = runs_of(tracking.EXPERIMENT)["unbroken-refit"]
+    assert refit.info.status == "FINISHED"
+    assert refit.data.metrics["test_accuracy"] == report.load_run(prepared, "unbroken-refit")["test_accuracy"]
+    assert refit.data.params["hold_out_val"] == "False"
+
+
+def test_a_tracking_server_that_does_not_answer_is_refused_beforehand(prepared: Storage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(UserError, match=f"--mlflow {uri} does not answer"):
+            search.search(prepared, "untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow=uri)
+    with pytest.raises(UserError, match=r"--mlflow sqlite:///x\.db must be the address of a tracking server"):
+        search.search(prepared, "untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow="sqlite:///x.db")
+    assert not prepared.exists("searches", "untold")
+
+
+def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepared: Storage) -> None:
+    config = SearchConfig(num_samples=1000, max_epochs=2, grace_epochs=2)
+    scale = replace(ONE_AT_A_TIME, time_budget_s=30)
+    started = time.monotonic()
+    found = search.search(prepared, "hasty", config, replace(BASE, max_train_rows=64), scale, source="synthetic")
+    assert time.monotonic() - started < 60
+    assert 0 < len(found.trials) < 1000
+    assert {trial.status for trial in found.trials} <= {"completed", "stopped"}
+    assert all(trial.status == "completed" for trial in found.trials if len(trial.history) == 2)
+    cut = [trial for trial in found.trials if trial.error]
+    assert len(cut) <= 1
+    assert all(trial.error == "the time budget of 30 s was spent" for trial in cut)
 
 
 def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Storage) -> None:
