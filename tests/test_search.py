@@ -189,7 +189,7 @@ def test_a_tracking_server_that_does_not_answer_is_refused_beforehand(prepared: 
 
 def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=1000, max_epochs=2, grace_epochs=2)
-    scale = replace(ONE_AT_A_TIME, time_budget_s=30)
+    scale = replace(ONE_AT_A_TIME, time_budget_s=20)
     started = time.monotonic()
     found = search.search(prepared, "hasty", config, replace(BASE, max_train_rows=64), scale, source="synthetic")
     assert time.monotonic() - started < 60
@@ -198,7 +198,7 @@ def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepare
     assert all(trial.status == "completed" for trial in found.trials if len(trial.history) == 2)
     cut = [trial for trial in found.trials if trial.error]
     assert len(cut) <= 1
-    assert all(trial.error == "the time budget of 30 s was spent" for trial in cut)
+    assert all(trial.error == "the time budget of 20 s was spent" for trial in cut)
 
 
 def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Storage) -> None:
