@@ -12,7 +12,7 @@ import ray.data
 import torch
 
 from fashion import loop
-from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.config import RAY_ENVIRONMENT, ScaleConfig, TrainConfig, require
 from fashion.data import Manifest
 from fashion.space import SearchConfig, SearchScale
 
@@ -41,6 +41,8 @@ def connect(num_cpus: int | None = None) -> None:
             options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
             # Nobody reclaims this machine, so nobody need watch for it.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            for name, value in RAY_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         ray.init(**options)
     quieten()
 

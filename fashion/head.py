@@ -20,6 +20,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fashion.config import RAY_ENVIRONMENT
+
 HOME = Path(".ray").resolve()
 STATE, TOKEN, ENV, LOG = HOME / "head.json", HOME / "token", HOME / "env", HOME / "head.log"
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray then listens on 127.0.0.1 alone, on Linux too
@@ -76,6 +78,7 @@ def head_environment() -> dict[str, str]:
     os.umask(0o077)
     HOME.mkdir(exist_ok=True)
     env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    env = RAY_ENVIRONMENT | env
     if not env.get("RAY_AUTH_TOKEN") and not env.get("RAY_AUTH_TOKEN_PATH"):
         if not TOKEN.exists():
             TOKEN.write_text(secrets.token_hex(32))

@@ -1,6 +1,7 @@
 """Runs on Ray: every row counted for any number of workers, the same bits for the same seed, honest failures."""
 
 import functools
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from conftest import ROOT, job_environment, real_source, run_job
 from tensorboardX.proto.event_pb2 import Event
@@ -79,6 +81,11 @@ def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, stor
     assert fitted.row["world_size"] == 7
     rows = {row["split"]: row["rows"] for row in fitted.epochs}
     assert rows == {"train": 252, "val": 101}
+
+
+def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
+    read = ray.remote(num_cpus=0)(lambda: os.environ["MALLOC_ARENA_MAX"])
+    assert ray.get(read.remote()) == "1"
 
 
 def test_shards_are_the_written_rows_in_their_order(ray_cluster: None, storage: Storage) -> None:
