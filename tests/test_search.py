@@ -128,6 +128,7 @@ def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.Found) -> 
     assert sum(len(trial.history) for trial in sound) < 3 * len(sound)
     accuracies = [trial.best["val_accuracy"] for trial in sound if trial.best]
     assert accuracies == sorted(accuracies, reverse=True)
+    assert sound == unbroken.trials[: len(sound)], "failed ones come last, whatever they reached"
 
 
 def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.Found, prepared: Storage) -> None:

@@ -120,6 +120,13 @@ def assert_same(one: Fitted, two: Fitted) -> None:
     assert one.epochs_without_times() == two.epochs_without_times()
 
 
+def test_the_same_seed_gives_the_same_bits(unbroken: Fitted, storage: Storage) -> None:
+    """Also where a range of workers was asked for: it takes as many as there are."""
+    same = fit(storage, "same", RANDOM, "1:2")
+    assert same.row["world_size"] == 2
+    assert_same(same, unbroken)
+
+
 def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None, storage: Storage) -> None:
     """Each step sees all 256 rows whatever the width, so only rounding may differ.
 
@@ -162,6 +169,7 @@ def fit_first(config: TrainConfig) -> dict[str, Tensor]:
 
 def test_rows_can_be_streamed(ray_cluster: None, storage: Storage) -> None:
     fitted = fit(storage, "streamed", replace(TINY, data_mode="streaming", epochs=2), 3)
+    assert fitted.row["world_size"] == 3
     assert [row["rows"] for row in fitted.epochs if row["split"] == "train"] == [252, 252]
 
 
@@ -287,15 +295,11 @@ def test_other_data_than_the_run_was_trained_on_is_refused(
 
 
 def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Storage) -> None:
-    """Ctrl-C after the first epoch, then --resume: the same bits as a run with that seed that nobody interrupted.
-
-    With a range of workers: it takes as many as there are.
-    """
+    """Ctrl-C after the first epoch, then --resume: the same bits as a run that nobody interrupted."""
     recipe = preset("smoke").to_dict()
     changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
     flags = ["--preset=smoke", *(f"{flag(key)}={value}" for key, value in changed.items())]
     command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", "broken", *flags]
-    command += ["--num-workers", "1:2"]
     job = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -320,7 +324,6 @@ def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Stor
     row = report.load_run(storage, "broken")
     assert row["status"] == "completed"
     assert 1 <= row["resumed_from"] < RANDOM.epochs
-    assert row["world_size"] == 2
     assert_same(Fitted(row, report.read_table(storage, "epochs", "broken"), weights_of(storage, row)), unbroken)
 
 
