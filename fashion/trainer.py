@@ -104,14 +104,18 @@ def train(
     for split in data.SPLITS:
         data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
     identity = {"kind": kind, "search_id": search_id or None}
+    # Before the row: a server that refuses leaves none that would say "running" for ever.
+    tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
-    tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
     try:
         row = started | run_or_explain(storage, run_id, config, plan, manifest, tracked)
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
-        report.write_table(storage, "runs", run_id, [started | {"status": "failed", "error": brief(error)}])
+        failed = started | {"status": "failed", "error": brief(error)}
+        report.write_table(storage, "runs", run_id, [failed])
+        for each in tracked:
+            each.end(failed)
         raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
