@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pyarrow import fs as pafs
-from ray.train.torch import TorchTrainer
 from torch import nn
 
 from fashion import cluster, data, fit, loop, report, search, trainer, trial, worker
@@ -26,6 +25,7 @@ from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.ledger import name_of
 from fashion.space import SearchConfig, SearchScale
 from fashion.storage import Storage, open_storage
+from fashion.torch_trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,11 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
     scale.check_batch(config.global_batch_size)
     manifest = data.load_manifest(storage)
     plan = cluster.make_plan(config, scale, manifest)
-    cuts = {split: data.cut_points(manifest.rows[split], *plan.num_workers) for split in ("train", "val")}
-    settings = trainer.worker_settings(config, plan, manifest, cuts) | {"repeats": repeats, "steps": steps}
+    settings = trainer.worker_settings(storage, manifest, config, plan) | {"repeats": repeats, "steps": steps}
     with tempfile.TemporaryDirectory() as folder:
-        result = TorchTrainer(
+        result = Trainer(
             time_job_and_step,
             train_loop_config=settings,
-            datasets=trainer.open_datasets(storage, manifest, config, cuts),
-            dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=trainer.scaling_config(plan),
             run_config=ray.train.RunConfig(
                 storage_path=folder, logging_config=ray.train.LoggingConfig(log_level="WARNING")

@@ -84,6 +84,8 @@ def spelt(word: str) -> str:
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Call `main` and exit: 0 done, 2 the user's mistake (one line), 1 anything else."""
+    # A thread that still speaks to Ray while an interrupted command ends would start another cluster.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

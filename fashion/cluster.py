@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 import torch
 
 from fashion import loop
@@ -49,6 +48,8 @@ def connect(num_cpus: int | None = None) -> None:
 
 def quieten() -> None:
     """Keep Ray Data's and Ray Train's narration out of this process' output; warnings stay."""
+    import ray.data  # takes 2 s, which a process that only evaluates is spared
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

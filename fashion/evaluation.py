@@ -1,4 +1,4 @@
-"""Batch inference of a chosen checkpoint with Ray Data: every row of a split exactly once, then its tables."""
+"""Batch inference of a chosen checkpoint in Ray tasks: every row of a split exactly once, then its tables."""
 
 import json
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
+import ray
 import torch
 import torch.nn.functional as F
 
 from fashion import checkpoint, data, fit, loop, report
 from fashion.cluster import Plan
 from fashion.config import NUM_CLASSES, TrainConfig, UserError
-from fashion.model import place
+from fashion.model import FashionCNN, place
 from fashion.storage import Storage, open_storage
 
-# Blocks and batches have the same rows for any number of workers, so their arithmetic, and every tie, is the same.
-ROWS_PER_BLOCK = 500
+# Batches have the same rows for any number of workers, so their arithmetic, and every tie, is the same.
+ROWS_PER_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -29,76 +29,77 @@ class Scores:
     num_rows: int
 
 
-class Classifier:
-    """A worker of `map_batches`: loads the checkpoint once, then classifies batches."""
+def classify(
+    rows: pa.Table, uri: str, folder: str, config: dict[str, Any], precision: str, threads: int, use_gpu: bool
+) -> pa.Table:
+    """Turn rows of `data.SCHEMA` into index, label, predicted, probabilities and loss: a task of its own process.
 
-    def __init__(
-        self, uri: str, folder: str, config: dict[str, Any], precision: str, threads: int, use_gpu: bool
-    ) -> None:
-        """Load the weights from `folder` below the storage `uri`, their sums verified."""
-        torch.set_num_threads(threads)
-        storage = open_storage(uri)
-        manifest = storage.read_bytes(folder, checkpoint.MANIFEST)
-        weights = checkpoint.verified(checkpoint.WEIGHTS, manifest, storage.read_bytes(folder, checkpoint.WEIGHTS))
-        model = fit.build_model(TrainConfig.from_dict(config), pixel_mean=0.0, pixel_std=1.0)
-        model.load_state_dict(checkpoint.load_weights(weights))
-        self._device = torch.device("cuda" if use_gpu else "cpu")
-        self._model = place(model, self._device).eval()
-        self._precision = precision
+    The weights come from `folder` below the storage `uri`, their sums verified.
+    """
+    fit.prepare_process(threads)
+    device = torch.device("cuda" if use_gpu else "cpu")
+    model = load_model(open_storage(uri), folder, TrainConfig.from_dict(config), device)
+    starts = range(0, len(rows), ROWS_PER_BATCH)
+    return pa.concat_tables(classify_batch(model, rows.slice(at, ROWS_PER_BATCH), precision, device) for at in starts)
 
-    @torch.inference_mode()
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Turn rows of `data.SCHEMA` into index, label, predicted, probabilities and loss."""
-        rows = data.from_table(batch.select(data.SCHEMA.names).cast(data.SCHEMA))
-        images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(self._device)
-        labels = torch.from_numpy(rows.labels.astype(np.int64)).to(self._device)
-        with loop.autocast(self._precision, self._device):
-            logits = self._model(images)
-        logits = logits.float()
-        losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
-        probabilities = logits.softmax(1).cpu().numpy()
-        return pa.table(
-            {
-                "index": rows.index,
-                "label": rows.labels,
-                "predicted": logits.argmax(1).cpu().numpy().astype(np.uint8),
-                "probabilities": pa.FixedSizeListArray.from_arrays(probabilities.reshape(-1), NUM_CLASSES),
-                "loss": losses,
-            }
-        )
+
+def load_model(storage: Storage, folder: str, config: TrainConfig, device: torch.device) -> FashionCNN:
+    """Return the network of a checkpoint on `device`, in evaluation mode."""
+    manifest = storage.read_bytes(folder, checkpoint.MANIFEST)
+    weights = checkpoint.verified(checkpoint.WEIGHTS, manifest, storage.read_bytes(folder, checkpoint.WEIGHTS))
+    model = fit.build_model(config, pixel_mean=0.0, pixel_std=1.0)
+    model.load_state_dict(checkpoint.load_weights(weights))
+    return place(model, device).eval()
+
+
+@torch.inference_mode()
+def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device) -> pa.Table:
+    """Classify one batch; see `classify`."""
+    rows = data.from_table(batch)
+    images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(device)
+    labels = torch.from_numpy(rows.labels.astype(np.int64)).to(device)
+    with loop.autocast(precision, device):
+        logits = model(images)
+    logits = logits.float()
+    losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
+    probabilities = logits.softmax(1).cpu().numpy()
+    return pa.table(
+        {
+            "index": rows.index,
+            "label": rows.labels,
+            "predicted": logits.argmax(1).cpu().numpy().astype(np.uint8),
+            "probabilities": pa.FixedSizeListArray.from_arrays(probabilities.reshape(-1), NUM_CLASSES),
+            "loss": losses,
+        }
+    )
 
 
 def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa.Table:
     """Classify `split` with the chosen checkpoint of the `runs` row `row`; return predictions sorted by index.
 
-    Raises `AssertionError` unless every row of the split came back exactly once.
+    A task per worker, each on its shard: Ray runs them where there is room, and again if their process dies. Raises
+    `AssertionError` unless every row of the split came back exactly once.
     """
     manifest = data.load_manifest(storage)
     data.check_same_data(storage, manifest, row)
-    num_rows = manifest.rows[split]
-    blocks = data.evaluation_blocks(data.load_split(storage, manifest, split), ROWS_PER_BLOCK)
-    workers = min(plan.num_workers[1], -(-num_rows // ROWS_PER_BLOCK))
-    predictions = blocks.map_batches(
-        Classifier,
-        fn_constructor_args=(
-            storage.uri,
-            row["checkpoint"],
-            json.loads(row["config_json"]),
-            row["precision"],
-            plan.threads_per_worker,
-            plan.use_gpu,
-        ),
-        batch_size=ROWS_PER_BLOCK,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=plan.cpus_per_worker,
-        num_gpus=1 if plan.use_gpu else None,
+    rows = data.to_table(data.load_split(storage, manifest, split))
+    task = ray.remote(num_cpus=plan.cpus_per_worker, num_gpus=1 if plan.use_gpu else None)(classify)
+    told = (
+        *(storage.uri, row["checkpoint"], json.loads(row["config_json"])),
+        *(row["precision"], plan.threads_per_worker, plan.use_gpu),
     )
-    tables = [pa.table(batch) for batch in predictions.iter_batches(batch_size=None, batch_format="pyarrow")]
-    table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables).sort_by("index")
+    parts = [task.remote(rows.slice(start, stop - start), *told) for start, stop in shards(len(rows), plan)]
+    table = pa.concat_tables(ray.get(parts)).sort_by("index")
     index = table["index"].to_numpy()
-    assert len(index) == num_rows == len(np.unique(index)), (len(index), num_rows)
+    assert len(index) == len(rows) == len(np.unique(index)), (len(index), len(rows))
     return table
+
+
+def shards(num_rows: int, plan: Plan) -> list[tuple[int, int]]:
+    """Return the workers' row ranges, of whole batches but for the last one's end; a worker without rows has none."""
+    batches, workers = -(-num_rows // ROWS_PER_BATCH), plan.num_workers[1]
+    bounds = [data.shard_bounds(batches, rank, workers) for rank in range(workers)]
+    return [(first * ROWS_PER_BATCH, min(end * ROWS_PER_BATCH, num_rows)) for first, end in bounds if first < end]
 
 
 def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:

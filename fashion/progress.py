@@ -1,6 +1,6 @@
 """From the workers to the person: live `epochs` rows, a line per epoch, and a bar within the epoch on a terminal.
 
-The controller of Ray Train writes the rows as the epochs are reported; the driver watches that table and the step
+Ray Train's controller runs in the driver, so its reports become rows and lines at once; the bar follows the step
 counter that rank 0 leaves in Ray's key-value store. No extra process takes part.
 """
 
@@ -8,18 +8,16 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import ray
-import ray.exceptions
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train import UserCallback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fashion import report
-from fashion.config import UserError
 from fashion.metrics import epoch_rows
 from fashion.storage import Storage
 
@@ -27,19 +25,28 @@ SECONDS_BETWEEN_STEPS = 0.5
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-class EpochsWriter(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Writes the `epochs` rows of a run after each report; runs in Ray Train's controller, the table's only writer."""
+class EpochReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
+    """Writes the `epochs` rows of a run after each report, the table's only writer, and says a line."""
 
-    def __init__(self, storage: Storage, run_id: str) -> None:
+    def __init__(self, storage: Storage, run_id: str, epochs: int, say: Callable[[str], None]) -> None:
+        """Report a run whose last epoch is `epochs`; `say` is given the lines."""
         self._storage = storage
         self._run_id = run_id
+        self._epochs = epochs
+        self._say = say
+        self._started = time.monotonic()
+        self._here = 0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Add the epoch; a repeated or later one, left by a life of the run that was cut short, is replaced."""
-        fresh = metrics[0]
+        fresh = epoch_rows(metrics[0])
+        epoch = fresh[0]["epoch"]
         earlier = report.read_table(self._storage, "epochs", self._run_id)
-        kept = [row for row in earlier if row["epoch"] < fresh["epoch"]]
-        report.write_table(self._storage, "epochs", self._run_id, kept + epoch_rows(fresh))
+        kept = [row for row in earlier if row["epoch"] < epoch]
+        report.write_table(self._storage, "epochs", self._run_id, kept + fresh)
+        self._here += 1
+        left = (time.monotonic() - self._started) / self._here * (self._epochs - epoch)
+        self._say(epoch_line(epoch, self._epochs, {row["split"]: row for row in fresh}, left))
 
 
 class StepCounter:
@@ -63,69 +70,43 @@ def step_key(run_id: str) -> bytes:
     return f"fashion/steps/{run_id}".encode()
 
 
-class Watcher:
-    """The driver's side: within its `with` block, prints a line for each new epoch and, on a terminal, a bar."""
+class Bar:
+    """What a person sees within the `with` block: the lines that are said and, on a terminal, a bar of the epoch."""
 
-    def __init__(self, storage: Storage, run_id: str, epochs: int) -> None:
-        self._storage = storage
+    def __init__(self, run_id: str, epochs: int) -> None:
+        """Show the run `run_id` of `epochs` epochs."""
         self._run_id = run_id
         self._epochs = epochs
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        # Epoch -> its time: an epoch that is repeated after a resume has another one and is shown again.
-        self._shown = {row["epoch"]: row["epoch_time_s"] for row in report.read_table(storage, "epochs", run_id)}
-        self._started = time.monotonic()
-        self._here = 0
+        self._thread = threading.Thread(target=self._move, daemon=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=Console(), transient=True, disable=not sys.stdout.isatty())
         self._task = self._bar.add_task("starting workers", total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
-        self._thread.start()
+        if not self._bar.disable:
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        if not self._bar.disable:
+            self._thread.join()
         self._bar.stop()
 
-    def _watch(self) -> None:
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(SECONDS_BETWEEN_LOOKS)
-            try:
-                self._show_new_epochs()
-                if not stopping:
-                    self._move_bar()
-            except (OSError, UserError, ray.exceptions.RayError) as error:
-                # Progress is worth a complaint, not a run: storage that fails for good stops the run by itself.
-                self._bar.console.print(f"progress cannot be shown just now: {error}", highlight=False)
+    def say(self, line: str) -> None:
+        """Print a line, above the bar."""
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
 
-    def _show_new_epochs(self) -> None:
-        rows = report.read_table(self._storage, "epochs", self._run_id)
-        by_epoch: dict[int, dict[str, dict[str, Any]]] = {}
-        for row in rows:
-            by_epoch.setdefault(row["epoch"], {})[row["split"]] = row
-        times = {epoch: splits["train"]["epoch_time_s"] for epoch, splits in by_epoch.items()}
-        for epoch in sorted(epoch for epoch, time_s in times.items() if self._shown.get(epoch) != time_s):
-            self._shown[epoch] = times[epoch]
-            self._here += 1
-            spent = time.monotonic() - self._started
-            left = spent / self._here * (self._epochs - epoch)
-            self._bar.console.print(
-                epoch_line(epoch, self._epochs, by_epoch[epoch], left), highlight=False, soft_wrap=True
-            )
-
-    def _move_bar(self) -> None:
-        if self._bar.disable or not ray.is_initialized():
-            return
-        position = _internal_kv_get(step_key(self._run_id))
-        if position:
-            epoch, step, steps = json.loads(position)
-            self._bar.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, total=steps)
+    def _move(self) -> None:
+        while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
+            position = _internal_kv_get(step_key(self._run_id))
+            if position:
+                epoch, step, steps = json.loads(position)
+                self._bar.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, total=steps)
 
 
 def epoch_line(epoch: int, epochs: int, rows: dict[str, dict[str, Any]], left_s: float) -> str:

@@ -184,12 +184,7 @@ def shared_by_trials(
 ) -> dict[str, Any]:
     """Return what `trial.train_trial` is told, the rows in the object store once for all trials."""
     workers = config.workers_per_trial
-    cuts = {
-        "train": data.cut_points(plan.trial.num_train_rows, workers, workers),
-        "val": data.cut_points(plan.trial.num_val_rows, workers, workers),
-    }
-    settings = trainer.worker_settings(base, plan.trial, manifest, cuts) | {"show_bar": False}
-    datasets = trainer.open_datasets(storage, manifest, base, cuts)
+    settings = trainer.worker_settings(storage, manifest, base, plan.trial) | {"show_bar": False}
     shared = settings | {
         "base": base.to_dict(),
         "storage": storage.uri,
@@ -198,12 +193,8 @@ def shared_by_trials(
         "use_gpu": plan.trial.use_gpu,
     }
     if workers == 1:
-        return shared | {"tables": {name: dataset.to_arrow_refs()[0] for name, dataset in datasets.items()}}
-    return shared | {
-        "worker_settings": settings,
-        "datasets": datasets,
-        "scaling": trainer.scaling_config(plan.trial),
-    }
+        return shared
+    return shared | {"worker_settings": settings, "scaling": trainer.scaling_config(plan.trial)}
 
 
 # --- what becomes of the trials ---------------------------------------------------------------------------------------

@@ -13,22 +13,35 @@ from typing import Any, TypeVar, cast
 import ray.exceptions
 import ray.train
 from pyarrow import fs as pafs
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from fashion import cluster, data, evaluation, report
 from fashion.cluster import Plan
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.metrics import epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
-from fashion.progress import EpochsWriter, Watcher
+from fashion.progress import Bar, EpochReporter
 from fashion.storage import Storage
+from fashion.torch_trainer import Trainer
 from fashion.tracking import FOLDER, MLflowRun, TensorBoard, check_mlflow
 from fashion.worker import train_loop_per_worker
 
 CHECKPOINTS_TO_KEEP = 1
+# Ctrl-C while workers start is heard when they have started; a second one is heard at once.
+SECONDS_TO_STOP = 30.0
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of: where it is kept, its settings, its workers, its data, and the servers that hear of it."""
+
+    storage: Storage
+    run_id: str
+    config: TrainConfig
+    plan: Plan
+    manifest: data.Manifest
+    tracked: Sequence[MLflowRun] = ()
 
 
 @dataclass(frozen=True)
@@ -39,18 +52,6 @@ class Finished:
     row: dict[str, Any]
     paths: dict[str, str]
     was_finished: bool = False
-
-
-class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """A `TorchTrainer` without the process that Ray 2.60 starts beside each one to remove its placement group later.
-
-    The group of a run goes with its driver, that of a trial with `trial.remove_workers`. That process takes 0.6 GB, and
-    it stays for ever where no dashboard answers it or another Ray runs on the machine.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class RunFailed(RuntimeError):
@@ -109,7 +110,7 @@ def train(
     started = begin_row(storage, run_id, config, manifest, identity | earlier)
     clock = time.perf_counter()
     try:
-        row = started | run_or_explain(storage, run_id, config, plan, manifest, tracked)
+        row = started | run_or_explain(Job(storage, run_id, config, plan, manifest, tracked))
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
         failed = started | {"status": "failed", "error": brief(error)}
@@ -155,50 +156,37 @@ def identity_columns(config: TrainConfig, manifest: data.Manifest) -> dict[str, 
     } | report.versions()
 
 
-def run_or_explain(
-    storage: Storage,
-    run_id: str,
-    config: TrainConfig,
-    plan: Plan,
-    manifest: data.Manifest,
-    tracked: Sequence[MLflowRun] = (),
-) -> dict[str, Any]:
+def run_or_explain(job: Job) -> dict[str, Any]:
     """Fit the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
 
     Whatever stops the run becomes a row with a status and a reason; details go to standard error.
     """
     try:
-        columns = fit_and_choose(storage, run_id, config, plan, manifest, tracked)
+        columns = fit_and_choose(job)
         if columns["status"] == "completed":
-            scores = evaluation.evaluate_run(storage, run_id, columns, split="test", plan=plan)
+            scores = evaluation.evaluate_run(job.storage, job.run_id, columns, split="test", plan=job.plan)
             columns |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
     except (KeyboardInterrupt, SystemExit):
         # Ctrl-C, or the SIGTERM of `ray job stop`, which Ray turns into SystemExit.
-        return {"status": "interrupted", "error": f"stopped; continue with --run-id {run_id} --resume"}
+        return {"status": "interrupted", "error": f"stopped; continue with --run-id {job.run_id} --resume"}
     except (ray.train.TrainingFailedError, ray.exceptions.RayError, OSError) as error:
         print(error, file=sys.stderr)
         return {"status": "failed", "error": brief(error)}
     return columns
 
 
-def fit_and_choose(
-    storage: Storage,
-    run_id: str,
-    config: TrainConfig,
-    plan: Plan,
-    manifest: data.Manifest,
-    tracked: Sequence[MLflowRun] = (),
-) -> dict[str, Any]:
+def fit_and_choose(job: Job) -> dict[str, Any]:
     """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
-    with Watcher(storage, run_id, config.last_epoch):
-        result = in_a_thread(build_trainer(storage, run_id, config, plan, manifest, tracked).fit)
-    return outcome_columns(storage, run_id, config, manifest, result)
+    with Bar(job.run_id, job.config.last_epoch) as bar:
+        trainer = build_trainer(job, bar.say)
+        result = in_a_thread(trainer.fit, trainer.stop)
+    return outcome_columns(job, result)
 
 
-def in_a_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a thread and wait for it.
+def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+    """Run `work` in a thread and wait for it; if the wait is interrupted, `stop` it and let it end.
 
-    In the main thread Ray Train would take SIGINT for itself and keep it after the run; so, Ctrl-C reaches the caller.
+    In the main thread Ray would take SIGINT for itself and keep it after the run; so, Ctrl-C reaches the caller.
     """
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -208,8 +196,14 @@ def in_a_thread(work: Callable[[], T]) -> T:
         except BaseException as error:  # handed to the caller, whatever it is
             done.put((None, error))
 
-    threading.Thread(target=run, daemon=True).start()
-    result, error = done.get()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        result, error = done.get()
+    except BaseException:
+        stop()
+        thread.join(SECONDS_TO_STOP)
+        raise
     if error is not None:
         raise error
     return cast(T, result)
@@ -224,28 +218,20 @@ def brief(error: BaseException) -> str:
     return last if rank is None else f"worker {rank}: {last}"
 
 
-def build_trainer(
-    storage: Storage,
-    run_id: str,
-    config: TrainConfig,
-    plan: Plan,
-    manifest: data.Manifest,
-    tracked: Sequence[MLflowRun] = (),
-) -> TorchTrainer:
-    """Return the trainer, its datasets in the object store."""
-    cuts = {
-        "train": data.cut_points(plan.num_train_rows, *plan.num_workers),
-        "val": data.cut_points(plan.num_val_rows, *plan.num_workers),
-    }
+def build_trainer(job: Job, say: Callable[[str], None]) -> Trainer:
+    """Return the trainer, its rows in the object store; `say` is given a line for each epoch."""
+    storage, config, plan = job.storage, job.config, job.plan
+    streamed = {}
+    if config.data_mode == "streaming":
+        # The one set that is split by Ray; everything else is cut by row number beforehand.
+        streamed = {"train": data.open_dataset(storage, job.manifest, "train").limit(plan.num_train_rows)}
     return Trainer(
         train_loop_per_worker,
-        train_loop_config=worker_settings(config, plan, manifest, cuts),
-        datasets=open_datasets(storage, manifest, config, cuts),
-        # Only a streamed train set is split by Ray; everything else is cut by row number beforehand.
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"] if config.data_mode == "streaming" else []),
+        train_loop_config=worker_settings(storage, job.manifest, config, plan),
+        datasets=streamed,
         scaling_config=scaling_config(plan),
         run_config=ray.train.RunConfig(
-            name=run_id,
+            name=job.run_id,
             storage_path=storage.path(report.RUNS_FOLDER),
             storage_filesystem=storage.fs,
             checkpoint_config=ray.train.CheckpointConfig(
@@ -253,8 +239,13 @@ def build_trainer(
             ),
             # With an elastic width, a lost worker or node costs the epochs since the last checkpoint, not the run.
             failure_config=ray.train.FailureConfig(max_failures=0 if plan.num_workers[0] == plan.num_workers[1] else 3),
-            callbacks=[EpochsWriter(storage, run_id), *curves(storage, run_id, config), *tracked],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            callbacks=[
+                EpochReporter(storage, job.run_id, config.last_epoch, say),
+                *curves(storage, job.run_id, config),
+                *job.tracked,
+            ],
+            # Warnings of how Ray tidies up after a failure stay in its log folder; the failure itself is told below.
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
 
@@ -266,16 +257,20 @@ def curves(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoa
     return [TensorBoard(storage.path(report.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 
 
-def worker_settings(
-    config: TrainConfig, plan: Plan, manifest: data.Manifest, cuts: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Return what every worker is told; see `worker.train_loop_per_worker`."""
+def worker_settings(storage: Storage, manifest: data.Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Return what every worker is told, the rows put into the object store; see `worker.train_loop_per_worker`."""
+    num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
+    cuts = {split: data.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
+    resident = ("train", "val") if config.data_mode == "resident" else ("val",)
     return {
         "config": config.to_dict(),
         "threads": plan.threads_per_worker,
         "pixel_mean": manifest.pixel_mean,
         "pixel_std": manifest.pixel_std,
         "cuts": cuts,
+        "tables": {
+            split: data.share_pieces(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
+        },
         "show_bar": sys.stdout.isatty(),
         "trial": "",
     }
@@ -291,20 +286,6 @@ def scaling_config(plan: Plan) -> ray.train.ScalingConfig:
     )
 
 
-def open_datasets(
-    storage: Storage, manifest: data.Manifest, config: TrainConfig, cuts: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Return the Ray Datasets by the names that the workers ask for: `train-0`, `val-0`, ... or `train` if streamed."""
-    datasets: dict[str, Any] = {}
-    for split, points in cuts.items():
-        if split == "train" and config.data_mode == "streaming":
-            datasets["train"] = data.open_dataset(storage, manifest, split).limit(points[-1])
-        else:
-            pieces = data.open_pieces(load_rows(storage, manifest, config, split), points)
-            datasets |= {f"{split}-{k}": piece for k, piece in enumerate(pieces)}
-    return datasets
-
-
 def load_rows(storage: Storage, manifest: data.Manifest, config: TrainConfig, split: str) -> data.Split:
     """Return a split's rows; val's join those of train unless they are held out."""
     rows = data.load_split(storage, manifest, split)
@@ -313,9 +294,7 @@ def load_rows(storage: Storage, manifest: data.Manifest, config: TrainConfig, sp
     return rows
 
 
-def outcome_columns(
-    storage: Storage, run_id: str, config: TrainConfig, manifest: data.Manifest, result: ray.train.Result
-) -> dict[str, Any]:
+def outcome_columns(job: Job, result: ray.train.Result) -> dict[str, Any]:
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
@@ -324,7 +303,7 @@ def outcome_columns(
         return facts | {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
     assert result.best_checkpoints, "training ended without a checkpoint"
     # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
-    report.write_table(storage, "epochs", run_id, [row for metrics in history for row in epoch_rows(metrics)])
+    report.write_table(job.storage, "epochs", job.run_id, [row for metrics in history for row in epoch_rows(metrics)])
     checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["checkpoint_score"])
     name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
     return (
@@ -332,9 +311,9 @@ def outcome_columns(
         | facts
         | {
             "status": "completed",
-            "config_json": report.config_json(config),
-            "dataset_sha256": manifest.sha256,
-            "checkpoint": f"{report.RUNS_FOLDER}/{run_id}/{name}",
+            "config_json": report.config_json(job.config),
+            "dataset_sha256": job.manifest.sha256,
+            "checkpoint": f"{report.RUNS_FOLDER}/{job.run_id}/{name}",
         }
     )
 

@@ -17,11 +17,12 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup
 
-from fashion import checkpoint, fit, loop, trainer, worker
+from fashion import checkpoint, fit, loop, worker
 from fashion.config import TrainConfig, UserError
 from fashion.metrics import Metrics
 from fashion.report import SEARCHES_FOLDER
 from fashion.storage import Storage, open_storage
+from fashion.torch_trainer import Trainer
 
 TRIAL = "trial"
 """Key of a trial's own name, such as `t0003`, among its settings; Tune's ids differ from one life to the next."""
@@ -33,8 +34,8 @@ def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
     """Run the trial of `point`: its name and settings. `shared` is what all trials of the search have in common.
 
     `shared` holds `base` (`TrainConfig.to_dict()`), `storage` and `search_id`, `workers_per_trial`, and what
-    `worker.train_loop_per_worker` is told; for one worker also `checkpoint_every_s`, `use_gpu` and `tables` (dataset ->
-    reference to its table), for several `worker_settings`, `datasets` and `scaling`.
+    `worker.train_loop_per_worker` is told; for one worker also `checkpoint_every_s` and `use_gpu`, for several
+    `worker_settings` and `scaling`.
     """
     settings = {name: value for name, value in point.items() if name != TRIAL}
     try:
@@ -71,7 +72,7 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
 def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.Run:
     """Return the run at its very start."""
     rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
-    rows = worker.open_rows(config, shared, rank, lambda name: [ray.get(shared["tables"][name])])
+    rows = worker.open_rows(config, shared, rank)
     return fit.Run(config, rows, rank, wrap=lambda model, precision: model)
 
 
@@ -86,11 +87,9 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
     Started again under the same name and place, Ray Train goes on from the run's latest checkpoint by itself.
     """
     storage = open_storage(shared["storage"])
-    result = trainer.Trainer(
+    result = Trainer(
         worker.train_loop_per_worker,
         train_loop_config=shared["worker_settings"] | {"config": config.to_dict(), "trial": "/".join(folder[1:3])},
-        datasets=shared["datasets"],
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         scaling_config=shared["scaling"],
         run_config=ray.train.RunConfig(
             name=folder[-1],

@@ -1,6 +1,5 @@
 """What runs on every worker of Ray Train: pull the shard, wrap in DDP, train, report, checkpoint, resume."""
 
-import ctypes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -26,16 +26,14 @@ from fashion.progress import StepCounter
 
 STREAM_BUFFER_ROWS = 8192
 
-Tables = Callable[[str], Iterable[Any]]
-
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one run to its end on this rank; return what only the workers know.
 
-    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `cuts` (per split),
-    `show_bar`, and `trial`: the name of the trial that the run is, or an empty string. A trial that goes on from a
-    checkpoint reports its earlier epochs anew, for the search to judge them. Reports once per epoch from every rank;
-    rank 0 attaches the checkpoint.
+    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `cuts` and
+    `tables` (references to the pieces between the cuts), `show_bar`, and `trial`: the name of the trial that the run
+    is, or an empty string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to
+    judge them. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
     """
     prepare_process(settings["threads"])
     run = start_run(settings)
@@ -64,9 +62,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def prepare_process(threads: int) -> None:
     """Set up a process that trains: its output, its memory, and `threads` of computation."""
     quieten()
-    keep_freed_memory()
-    # Ray leaves a worker one thread unless told otherwise.
-    torch.set_num_threads(threads)
+    fit.prepare_process(threads)
 
 
 def start_run(settings: dict[str, Any]) -> fit.Run:
@@ -74,7 +70,7 @@ def start_run(settings: dict[str, Any]) -> fit.Run:
     config = TrainConfig.from_dict(settings["config"])
     context = ray.train.get_context()
     rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank, shard_tables)
+    rows = open_rows(config, settings, rank)
     check_equal_steps(config, rows, rank)
     return fit.Run(config, rows, rank, wrap)
 
@@ -89,18 +85,6 @@ def note_placement_group(trial: str) -> None:
 def placement_key(trial: str) -> bytes:
     """Return the key, in Ray's key-value store, of the id of a trial's placement group."""
     return f"fashion/placement/{trial}".encode()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for reuse.
-
-    By default it hands every large activation back to the kernel and faults it in again in the next step: 6 % of a
-    step's time on two Zen 3 cores. The numbers are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)
-        mallopt(-1, (1 << 31) - 1)
 
 
 def wrap(model: nn.Module, precision: str) -> nn.Module:
@@ -160,43 +144,35 @@ def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> No
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank, tables_of: Tables) -> fit.Rows:
-    """Pull this rank's val rows, and its training rows or the means to stream them.
-
-    `tables_of(name)` yields the tables of the dataset `name`, such as `train-0`.
-    """
-    cuts: dict[str, list[int]] = settings["cuts"]
-    num_train_rows = cuts["train"][-1]
+def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Rows:
+    """Pull this rank's val rows, and its training rows or the means to stream them."""
+    num_train_rows = settings["cuts"]["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)
     train_batches: Callable[[int], Iterator[loop.Batch]]
     if config.data_mode == "streaming":
         train_batches = streaming_batches(config, rank, num_steps)
     else:
-        images, labels = pull_shard("train", cuts["train"], rank, tables_of)
+        images, labels = pull_shard("train", settings, rank)
         train_batches = fit.resident_batches(config, images, labels, rank, num_steps)
     return fit.Rows(
         train_batches=train_batches,
-        val=pull_shard("val", cuts["val"], rank, tables_of),
+        val=pull_shard("val", settings, rank),
         num_train_rows=num_train_rows,
-        num_val_rows=cuts["val"][-1],
+        num_val_rows=settings["cuts"]["val"][-1],
         pixel_mean=settings["pixel_mean"],
         pixel_std=settings["pixel_std"],
     )
 
 
-def pull_shard(split: str, cuts: list[int], rank: fit.Rank, tables_of: Tables) -> loop.Batch:
+def pull_shard(split: str, settings: dict[str, Any], rank: fit.Rank) -> loop.Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
+    cuts = settings["cuts"][split]
     pieces = data.pieces_of_shard(cuts, rank.rank, rank.world_size)
-    tables = [table for piece in pieces for table in as_tables(tables_of(f"{split}-{piece}"))]
+    tables = list(as_tables(ray.get([settings["tables"][split][piece] for piece in pieces])))
     rows = data.from_table(pa.concat_tables(tables) if tables else data.SCHEMA.empty_table())
     start, stop = data.shard_bounds(cuts[-1], rank.rank, rank.world_size)
     assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
     return to_tensors(rows, rank.device)
-
-
-def shard_tables(name: str) -> Iterator[Any]:
-    """Yield the tables of a dataset that Ray Train was given."""
-    yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def as_tables(batches: Iterable[Any]) -> Iterator[pa.Table]:

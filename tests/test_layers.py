@@ -40,6 +40,7 @@ LAYERS: dict[str, list[str]] = {
         "progress",
         "search",
         "strategy",
+        "torch_trainer",
         "tracking",
         "trainer",
         "trial",

@@ -333,7 +333,8 @@ def test_a_worker_that_fails_becomes_a_row_with_the_reason(unbroken: Fitted, sto
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    plan = cluster.make_plan(RANDOM, scale(2), data.load_manifest(storage))
-    row = trainer.run_or_explain(storage, "unbroken", RANDOM, plan, data.load_manifest(storage))
+    manifest = data.load_manifest(storage)
+    plan = cluster.make_plan(RANDOM, scale(2), manifest)
+    row = trainer.run_or_explain(trainer.Job(storage, "unbroken", RANDOM, plan, manifest))
     assert row["status"] == "failed"
     assert "checkpoint file optimizer.pt differs from its sum" in row["error"]
