@@ -71,9 +71,12 @@ class Run:
     """A run in progress: network, optimizer and history; `epochs()` advances it."""
 
     def __init__(
-        self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module, str], nn.Module]
+        self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module, str], tuple[nn.Module, str]]
     ) -> None:
-        """Build the network from the seed alone, so that all ranks start equal; `wrap(model, precision)` adds DDP."""
+        """Build the network from the seed alone, so that all ranks start equal.
+
+        `wrap(model, precision)` adds DDP and says how gradients are exchanged: the column `exchange`.
+        """
         self.config = config
         self.rows = rows
         self.rank = rank
@@ -82,7 +85,7 @@ class Run:
         torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
         self.optimizer = build_optimizer(config, self.model)
-        self.wrapped = wrap(self.model, self.precision)
+        self.wrapped, self.exchange = wrap(self.model, self.precision)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
 
@@ -100,6 +103,7 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "precision": self.precision,
             "threads_per_worker": torch.get_num_threads(),
+            "exchange": self.exchange,
         }
 
     def encode(self) -> dict[str, bytes]:

@@ -53,6 +53,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("device", pa.string()),
             ("precision", pa.string()),
             ("threads_per_worker", pa.int32()),
+            ("exchange", pa.string()),  # of gradients: none, shared memory, gloo or nccl
             ("data_mode", pa.string()),
             ("epochs_done", pa.int32()),
             ("best_epoch", pa.int32()),
@@ -154,7 +155,15 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-FACTS = ("num_parameters", "world_size", "device", "precision", "threads_per_worker", "peak_memory_bytes")
+FACTS = (
+    "num_parameters",
+    "world_size",
+    "device",
+    "precision",
+    "threads_per_worker",
+    "exchange",
+    "peak_memory_bytes",
+)
 """Columns of `runs` that the process which trains knows and nobody else."""
 
 

@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.experimental.internal_kv import _internal_kv_put
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -87,8 +88,8 @@ def placement_key(trial: str) -> bytes:
     return f"fashion/placement/{trial}".encode()
 
 
-def wrap(model: nn.Module, precision: str) -> nn.Module:
-    """Return `model` under DDP if there is more than one worker.
+def wrap(model: nn.Module, precision: str) -> tuple[nn.Module, str]:
+    """Return `model` under DDP if there is more than one worker, and how gradients are exchanged.
 
     No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation. With
     bf16 arithmetic gradients are exchanged as bf16 too: half the bytes. On one host's CPUs they go through shared
@@ -103,12 +104,14 @@ def wrap(model: nn.Module, precision: str) -> nn.Module:
         if exchange is not None:
             options["bucket_cap_mb"] = num_elements * 4 / 2**20 + 1
     prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
-    if isinstance(prepared, DistributedDataParallel):
-        if exchange is not None:
-            prepared.register_comm_hook(None, exchange.hook)
-        elif precision == "bf16":
-            prepared.register_comm_hook(None, bf16_compress_hook)
-    return prepared
+    if not isinstance(prepared, DistributedDataParallel):
+        return prepared, "none"
+    if exchange is not None:
+        prepared.register_comm_hook(None, exchange.hook)
+        return prepared, "shared memory"
+    if precision == "bf16":
+        prepared.register_comm_hook(None, bf16_compress_hook)
+    return prepared, dist.get_backend()
 
 
 def restore_latest(run: fit.Run) -> int | None:

@@ -35,6 +35,6 @@ def test_the_network_learns_the_stand_in_but_not_fully(one_thread: None) -> None
     pixels = images.float() / 255
     batches = fit.resident_batches(config, images, labels, fit.Rank(), config.steps_per_epoch(len(labels)))
     rows = fit.Rows(batches, val, len(labels), len(val[1]), float(pixels.mean()), float(pixels.std()))
-    history = list(fit.Run(config, rows, fit.Rank(), wrap=lambda network, precision: network).epochs())
+    history = list(fit.Run(config, rows, fit.Rank(), wrap=lambda network, precision: (network, "none")).epochs())
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert 0.75 < history[-1]["val_accuracy"] < 0.95, history[-1]

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +61,7 @@ def fit(storage: Storage, run_id: str, config: TrainConfig, num_workers: int | s
     """Train with `num_workers` workers, without the evaluation on test; return outcome and chosen weights."""
     manifest = data.load_manifest(storage)
     plan = cluster.make_plan(config, scale(num_workers), manifest)
-    row = trainer.fit_and_choose(storage, run_id, config, plan, manifest)
+    row = trainer.fit_and_choose(trainer.Job(storage, run_id, config, plan, manifest))
     assert row["status"] == "completed", row
     return Fitted(row, report.read_table(storage, "epochs", run_id), weights_of(storage, row))
 
@@ -76,11 +78,19 @@ def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, storage: Storage) -> None:
-    """With seven; other tests train with 1, 2, 3 and 4."""
+    """With seven; other tests train with 1, 2, 3 and 4. No process but theirs and the one they meet at is started."""
+    before = set(actors())
     fitted = fit(storage, "seven", TINY, 7)
     assert fitted.row["world_size"] == 7
+    started = Counter(name for number, name in actors().items() if number not in before)
+    assert started == {"RayTrainWorker": 7, "SynchronizationActor": 1}
     rows = {row["split"]: row["rows"] for row in fitted.epochs}
     assert rows == {"train": 252, "val": 101}
+
+
+def actors() -> dict[str, str]:
+    """Return the class of every actor that the cluster has seen, by id."""
+    return {number: entry["ActorClassName"] for number, entry in ray._private.state.actors().items()}
 
 
 def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
@@ -93,15 +103,11 @@ def test_shards_are_the_written_rows_in_their_order(ray_cluster: None, storage: 
     manifest = data.load_manifest(storage)
     cuts = data.cut_points(31_007, 1, 3)
     written = data.load_split(storage, manifest, "train").index[:31_007]
-    pieces = data.open_pieces(data.load_split(storage, manifest, "train"), cuts)
+    pieces = ray.get(data.share_pieces(data.load_split(storage, manifest, "train"), cuts))
     streamed = data.open_dataset(storage, manifest, "train").limit(31_007)
-    for datasets in (pieces, [streamed]):
-        pulled = [table["index"].to_pylist() for dataset in datasets for table in batches_of(dataset)]
-        assert [row for part in pulled for row in part] == written.tolist()
-
-
-def batches_of(piece: Any) -> Iterator[Any]:
-    return iter(piece.iter_batches(batch_size=None, batch_format="pyarrow"))
+    for tables in (pieces, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
+        assert [row for table in tables for row in table["index"].to_pylist()] == written.tolist()
+    assert data.share_pieces(data.load_split(storage, manifest, "val"), data.cut_points(0, 1, 3)) == []
 
 
 # Everything that draws at random is on.
@@ -208,6 +214,7 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, st
     assert row["num_parameters"] == 7_001_194
     assert row["test_accuracy"] > 0.6
     assert row["source_hash"] == report.source_hash()
+    assert row["exchange"] == ("shared memory" if room_to_share() else "gloo")
     assert None not in [row[key] for key in ("images_per_s", "precision", "peak_memory_bytes", "wall_s", "finished_at")]
     warm = [each for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"][1:]
     assert all(each["data_wait_s"] < 0.01 * each["epoch_time_s"] for each in warm)
@@ -220,6 +227,12 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, st
     cells = report.read_table(storage, "confusion", "whole")
     assert sum(cell["count"] for cell in cells) == 10_000
     assert sum(cell["count"] for cell in cells if cell["label"] == cell["predicted"]) == right
+
+
+def room_to_share() -> bool:
+    """Whether two workers find room for their gradients, in bf16 or fp32, twice each."""
+    shared = Path("/dev/shm")
+    return shared.is_dir() and shutil.disk_usage(shared).free > 4 * 7_001_194 * 4
 
 
 def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.Finished, storage: Storage) -> None:
