@@ -3,7 +3,10 @@
 Those of trials are written by Ray Tune's own callbacks.
 """
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,8 +50,7 @@ def numbers_of(columns: dict[str, Any]) -> dict[str, int | float]:
 class MLflowRun(UserCallback):  # type: ignore[misc]
     """A run on an MLflow tracking server: its settings, each epoch's metrics, how it ended.
 
-    The driver begins and ends it; in between, a copy in Ray Train's controller adds the epochs. A resumed run goes on
-    under its name.
+    A resumed run goes on under its name. A server that goes away later is complained of and costs no run.
     """
 
     def __init__(self, uri: str, run_id: str, settings: dict[str, Any]) -> None:
@@ -66,13 +68,15 @@ class MLflowRun(UserCallback):  # type: ignore[misc]
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Add an epoch."""
-        self._log(numbers_of(metrics[0]), int(metrics[0]["epoch"]))
+        with complaint(self._uri):
+            self._log(numbers_of(metrics[0]), int(metrics[0]["epoch"]))
 
     def end(self, row: dict[str, Any]) -> None:
         """Add what only the `runs` row knows, and end as it did."""
-        self._log(numbers_of({name: row.get(name) for name in ("test_accuracy", "test_loss", "wall_s")}), 0)
         ends = {"completed": "FINISHED", "interrupted": "KILLED"}
-        mlflow_client(self._uri).set_terminated(self._id, ends.get(row["status"], "FAILED"))
+        with complaint(self._uri):
+            self._log(numbers_of({name: row.get(name) for name in ("test_accuracy", "test_loss", "wall_s")}), 0)
+            mlflow_client(self._uri).set_terminated(self._id, ends.get(row["status"], "FAILED"))
 
     def _log(self, numbers: dict[str, int | float], step: int) -> None:
         from mlflow.entities import Metric
@@ -81,6 +85,22 @@ class MLflowRun(UserCallback):  # type: ignore[misc]
         now = get_current_time_millis()
         rows = [Metric(name, float(value), now, step) for name, value in numbers.items()]
         mlflow_client(self._uri).log_batch(self._id, metrics=rows)
+
+
+@contextlib.contextmanager
+def complaint(uri: str) -> Iterator[None]:
+    """Turn a failure of the server at `uri` into a line on standard error."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        print(f"warning: --mlflow {uri} was not told ({first_line(error)})", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 200 characters."""
+    return str(error).strip().splitlines()[0][:200]
 
 
 def mlflow_client(uri: str) -> Any:
@@ -109,5 +129,4 @@ def check_mlflow(uri: str) -> None:
     try:
         client.search_experiments(max_results=1)
     except MlflowException as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"--mlflow {uri} does not answer ({reason}); start it or leave out --mlflow") from error
+        raise UserError(f"--mlflow {uri} does not answer ({first_line(error)}); start it or leave it out") from error

@@ -176,6 +176,22 @@ def test_mlflow_is_told_of_trials_and_of_the_refit(
     assert refit.data.params["hold_out_val"] == "False"
 
 
+def test_a_tracking_server_that_goes_away_costs_no_run(
+    mlflow_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not mlflow_server:
+        pytest.skip("no MLflow server could be installed and started here")
+    run = tracking.MLflowRun(mlflow_server, "left-alone", {"lr": 0.1})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setattr(run, "_uri", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run.after_report(None, [{"epoch": 1, "val_accuracy": 0.5}], None)
+    run.end({"status": "completed"})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("warning: --mlflow http://127.0.0.1:") for line in lines)
+
+
 def test_a_tracking_server_that_does_not_answer_is_refused_beforehand(prepared: Storage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
