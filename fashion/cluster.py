@@ -15,11 +15,9 @@ from fashion.config import RAY_ENVIRONMENT, ScaleConfig, TrainConfig, require
 from fashion.data import Manifest
 from fashion.space import SearchConfig, SearchScale
 
-# Ray Train polls its workers this often (default 2 s), which would cap a run at one report per two seconds.
-HEALTH_CHECK_INTERVAL_S = "0.5"
 # Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
 CHECKPOINT_MB = 92
-# Memory of the two processes that a trial with workers of its own adds to them: the trial's and a controller.
+# Memory of the process that a trial with workers of its own adds to them.
 NESTED_TRIAL_BYTES = 1_000_000_000
 
 
@@ -29,7 +27,6 @@ def connect(num_cpus: int | None = None) -> None:
     `num_cpus` gives a cluster that starts here so many logical CPUs in place of the machine's own number.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     # The workers run the environment that the driver runs; without this Ray would build it anew under `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if not ray.is_initialized():

@@ -6,6 +6,7 @@ overridden is not public; the version of Ray is pinned, and a test counts the pr
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,14 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+# The controller looks at its workers this often (Ray's default is 2 s); each epoch's report waits for a look.
+HEALTH_CHECK_INTERVAL_S = 0.5
+CONTROLLERS_OWN = (HEALTH_CHECK_INTERVAL_S_ENV_VAR, ENABLE_PREEMPTION_WATCHER_ENV_VAR)
 
 
 class FixedWidth(FixedScalingPolicy):  # type: ignore[misc]  # Ray has no types
@@ -40,6 +46,13 @@ class Workers(WorkerGroup):  # type: ignore[misc]
 
     They would only ask it for the checkpoints that all of them reported, and the training loop never does.
     """
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what the controller alone reads: without variables of their own, workers take waiting processes."""
+        environment = dict(WorkerGroup._get_worker_runtime_env(custom_runtime_env))
+        variables = {key: value for key, value in environment.pop("env_vars").items() if key not in CONTROLLERS_OWN}
+        return environment | ({"env_vars": variables} if variables else {})
 
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
@@ -65,6 +78,11 @@ class Controller(TrainController):  # type: ignore[misc]
     """Ray Train's controller, for a process that is no actor."""
 
     worker_group_cls = Workers
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if HEALTH_CHECK_INTERVAL_S_ENV_VAR not in os.environ:
+            self._health_check_interval_s = HEALTH_CHECK_INTERVAL_S
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]

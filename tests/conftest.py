@@ -65,6 +65,7 @@ def ray_cluster() -> Iterator[None]:
     from fashion import cluster
 
     os.environ["RAY_ADDRESS"] = "local"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # epochs are short here, and each waits for a look
     cluster.connect(num_cpus=2)
     yield
     ray.shutdown()

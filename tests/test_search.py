@@ -51,12 +51,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     return storage
 
 
-@pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real tracking server over SQLite, in an environment of its own; empty where none can be had."""
+@pytest.fixture(scope="module", autouse=True)
+def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str] | None]:
+    """A real tracking server over SQLite, in an environment of its own, and its address: it starts beside the tests."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
-        yield ""
+        yield None
         return
     folder = tmp_path_factory.mktemp("mlflow")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -71,14 +71,22 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    uri = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 180
-    while server.poll() is None and time.monotonic() < deadline and not answers(uri):
-        time.sleep(0.2)
-    yield uri if server.poll() is None and answers(uri) else ""
+    yield server, f"http://127.0.0.1:{port}"
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGTERM)
     server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(mlflow_process: tuple[subprocess.Popen[bytes], str] | None) -> str:
+    """The address of the tracking server, as soon as it answers; empty where none can be had."""
+    if mlflow_process is None:
+        return ""
+    server, uri = mlflow_process
+    deadline = time.monotonic() + 180
+    while server.poll() is None and time.monotonic() < deadline and not answers(uri):
+        time.sleep(0.2)
+    return uri if server.poll() is None and answers(uri) else ""
 
 
 def answers(uri: str) -> bool:
@@ -87,14 +95,6 @@ def answers(uri: str) -> bool:
             return bool(reply.status == 200)
     except OSError:
         return False
-
-
-@pytest.fixture(scope="module")
-def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.Found:
-    """A search that nobody interrupts, with a refit; an MLflow server hears of it where there is one."""
-    return search.search(
-        prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server
-    )
 
 
 def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) -> list[tuple[Any, ...]]:
@@ -106,6 +106,24 @@ def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) ->
         epochs = [each for each in report.read_table(storage, "epochs", run_id) if each["split"] == "val"]
         found.append((row["trial_id"], row["status"], row["epochs_done"], [each["accuracy"] for each in epochs]))
     return found
+
+
+def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None, prepared: Storage) -> None:
+    """Each trial takes both CPUs; the second one starts when the first is done, and is stopped in mid-run."""
+    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}')
+    config = SearchConfig(num_samples=2, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
+    search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
+    found = outcomes(prepared, "wide", config)
+    assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1)]
+    assert report.load_run(prepared, "wide-t0000")["world_size"] == 2
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.Found:
+    """A search that nobody interrupts, with a refit; an MLflow server hears of it where there is one."""
+    return search.search(
+        prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server
+    )
 
 
 def test_bad_trials_are_rows_and_the_search_goes_on(unbroken: search.Found, prepared: Storage) -> None:
@@ -259,16 +277,6 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     found = search.search(moved, "killed", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
     assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
     assert found.trials[0].trial_id == unbroken.trials[0].trial_id
-
-
-def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None, prepared: Storage) -> None:
-    """Each trial takes both CPUs; the second one starts when the first is done, and is stopped in mid-run."""
-    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}')
-    config = SearchConfig(num_samples=2, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
-    search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
-    found = outcomes(prepared, "wide", config)
-    assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1)]
-    assert report.load_run(prepared, "wide-t0000")["world_size"] == 2
 
 
 def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepared: Storage) -> None:

@@ -1,11 +1,9 @@
 """Runs on Ray: every row counted for any number of workers, the same bits for the same seed, honest failures."""
 
-import functools
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +14,11 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import ROOT, job_environment, real_source, run_job
+from conftest import assert_refused, call_job, real_source, run_job
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
+import jobs.train
 from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
 from fashion.config import ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.fit import build_model
@@ -78,19 +77,11 @@ def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, storage: Storage) -> None:
-    """With seven; other tests train with 1, 2, 3 and 4. No process but theirs and the one they meet at is started."""
-    before = set(actors())
+    """With seven; other tests train with 1, 2, 3 and 4."""
     fitted = fit(storage, "seven", TINY, 7)
     assert fitted.row["world_size"] == 7
-    started = Counter(name for number, name in actors().items() if number not in before)
-    assert started == {"RayTrainWorker": 7, "SynchronizationActor": 1}
     rows = {row["split"]: row["rows"] for row in fitted.epochs}
     assert rows == {"train": 252, "val": 101}
-
-
-def actors() -> dict[str, str]:
-    """Return the class of every actor that the cluster has seen, by id."""
-    return {number: entry["ActorClassName"] for number, entry in ray._private.state.actors().items()}
 
 
 def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
@@ -127,10 +118,16 @@ def assert_same(one: Fitted, two: Fitted) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits(unbroken: Fitted, storage: Storage) -> None:
-    """Also where a range of workers was asked for: it takes as many as there are."""
-    same = fit(storage, "same", RANDOM, "1:2")
-    assert same.row["world_size"] == 2
-    assert_same(same, unbroken)
+    """And no process is started but the workers and the one they meet at."""
+    before = set(actors())
+    assert_same(fit(storage, "same", RANDOM, 2), unbroken)
+    started = Counter(name for number, name in actors().items() if number not in before)
+    assert started == {"RayTrainWorker": 2, "SynchronizationActor": 1}
+
+
+def actors() -> dict[str, str]:
+    """Return the class of every actor that the cluster has seen, by id."""
+    return {number: entry["ActorClassName"] for number, entry in ray._private.state.actors().items()}
 
 
 def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None, storage: Storage) -> None:
@@ -174,7 +171,8 @@ def fit_first(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def test_rows_can_be_streamed(ray_cluster: None, storage: Storage) -> None:
-    fitted = fit(storage, "streamed", replace(TINY, data_mode="streaming", epochs=2), 3)
+    """Where a range of workers is asked for: it takes as many as there are."""
+    fitted = fit(storage, "streamed", replace(TINY, data_mode="streaming", epochs=2), "2:3")
     assert fitted.row["world_size"] == 3
     assert [row["rows"] for row in fitted.epochs if row["split"] == "train"] == [252, 252]
 
@@ -196,6 +194,8 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"--use-gpu yes needs 1 GPU\(s\).* the cluster has 0"):
             train(storage, "gpu", TINY, ScaleConfig(num_workers="1", use_gpu="yes"))
+    flags = ["--storage", storage.uri, "--source", real_source(), "--num-workers", "4"]
+    assert_refused(call_job(jobs.train.main, *flags, "--run-id", "wide"), "needs 4 CPUs (4 x 1) and the cluster has 2")
     assert report.find_run(storage, "wide") is None
     assert not storage.exists("runs", "wide")
 
@@ -268,7 +268,8 @@ def test_any_number_of_workers_evaluates_alike(trained: trainer.Finished, storag
     manifest = data.load_manifest(storage)
     for num_workers in (2, 1, 3, 7):  # the run itself evaluated with two
         if num_workers != 2:
-            plan = cluster.make_plan(TINY, scale(num_workers), manifest)
+            # Tasks of a CPU each take turns in two processes, which spares the tests the start of seven.
+            plan = replace(cluster.make_plan(TINY, scale(num_workers), manifest), cpus_per_worker=1)
             assert evaluation.evaluate_run(storage, "whole", trained.row, split="test", plan=plan).num_rows == 10_000
         rows = report.read_table(storage, "confusion", "whole")
         confusions.append([row["count"] for row in rows if row["split"] == "test"])
@@ -312,32 +313,43 @@ def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Stor
     recipe = preset("smoke").to_dict()
     changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
     flags = ["--preset=smoke", *(f"{flag(key)}={value}" for key, value in changed.items())]
-    command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", "broken", *flags]
-    job = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=job_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # Whoever starts the tests in the background may have them ignore it.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 300
-    while not report.read_table(storage, "epochs", "broken"):
-        assert job.poll() is None, job.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    job.send_signal(signal.SIGINT)
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1, output
-    assert "continue with --run-id broken --resume" in output
+    flags += ["--storage", storage.uri, "--source", real_source(), "--run-id", "broken", "--cpus-per-worker", "0.25"]
+    # Whoever starts the tests in the background may have them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt_after_an_epoch, args=(storage, "broken"), daemon=True).start()
+    done = call_job(jobs.train.main, *flags)
+    signal.signal(signal.SIGINT, before)
+    assert done.returncode == 1, done.stderr
+    assert "continue with --run-id broken --resume" in done.stderr
     assert report.load_run(storage, "broken")["status"] == "interrupted"
+    deadline = time.monotonic() + 30
+    while workers_alive():
+        assert time.monotonic() < deadline, "its workers stay"
+        time.sleep(0.1)
     train(storage, "broken", RANDOM, scale(2), resume=True)
     row = report.load_run(storage, "broken")
     assert row["status"] == "completed"
     assert 1 <= row["resumed_from"] < RANDOM.epochs
     assert_same(Fitted(row, report.read_table(storage, "epochs", "broken"), weights_of(storage, row)), unbroken)
+
+
+def interrupt_after_an_epoch(storage: Storage, run_id: str) -> None:
+    deadline = time.monotonic() + 300
+    while not report.read_table(storage, "epochs", run_id) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    number = threading.main_thread().ident
+    assert number is not None
+    signal.pthread_kill(number, signal.SIGINT)
+
+
+def workers_alive() -> list[str]:
+    """Return the ids of Ray Train's workers that live."""
+    everyone = ray._private.state.actors()
+    return [
+        number
+        for number, each in everyone.items()
+        if each["ActorClassName"] == "RayTrainWorker" and each["State"] == "ALIVE"
+    ]
 
 
 def test_a_worker_that_fails_becomes_a_row_with_the_reason(unbroken: Fitted, storage: Storage) -> None:
@@ -347,7 +359,7 @@ def test_a_worker_that_fails_becomes_a_row_with_the_reason(unbroken: Fitted, sto
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     manifest = data.load_manifest(storage)
-    plan = cluster.make_plan(RANDOM, scale(2), manifest)
+    plan = cluster.make_plan(RANDOM, scale(1), manifest)
     row = trainer.run_or_explain(trainer.Job(storage, "unbroken", RANDOM, plan, manifest))
     assert row["status"] == "failed"
     assert "checkpoint file optimizer.pt differs from its sum" in row["error"]
