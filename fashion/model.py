@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, Depth, Padding
+from fashion.dropout import Dropout
 
 NUM_PARAMETERS: dict[Depth, int] = {"vgg": 7_001_194, "deep": 7_628_202, "deep-bn": 7_630_122}
 
@@ -82,8 +83,8 @@ class FashionCNN(nn.Module):
         self.fc1 = nn.Linear(256 * 7 * 7, 512)
         self.fc2 = nn.Linear(512, 64)
         self.fc3 = nn.Linear(64, NUM_CLASSES)
-        self.dropout_conv = nn.Dropout(dropout_conv)
-        self.dropout_fc = nn.Dropout(dropout_fc)
+        self.dropout_conv = Dropout(dropout_conv)
+        self.dropout_fc = Dropout(dropout_fc)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of `images` (B, 1, 28, 28) uint8."""

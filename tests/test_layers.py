@@ -32,7 +32,7 @@ LAYERS: dict[str, list[str]] = {
         "jobs.report",
     ],
     "pyarrow": ["storage", "data", "report", "ledger", "plots"],
-    "torch": ["model", "loop", "optimizer", "checkpoint", "exchange", "fit"],
+    "torch": ["dropout", "model", "loop", "optimizer", "checkpoint", "exchange", "fit"],
     "ray": [
         "bench",
         "cluster",
