@@ -68,6 +68,7 @@ def or_synthetic(storage: Storage, val_rows: int = 300) -> list[str]:
     return ["--storage", storage.uri, "--source", "auto", "--val-rows", str(val_rows), "--or-synthetic"]
 
 
+@pytest.mark.slow
 def test_without_a_network_the_stand_in_serves_until_there_is_one(
     storage: Storage, offline: None, lenient: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +232,7 @@ def test_val_rows_have_limits(storage: Storage, val_rows: int) -> None:
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the official archives are not here")
+@pytest.mark.slow
 def test_the_official_archives(storage: Storage) -> None:
     """The pinned constants are facts about the real data: recompute them from it."""
     manifest, _ = data.prepare(storage, str(REAL_DATA))

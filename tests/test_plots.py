@@ -417,6 +417,7 @@ def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
     assert {values["id"] for values in Reader(out.read_text()).all("figure")} == {"curves-1", "confusion", "classes"}
 
 
+@pytest.mark.slow
 def test_search_figures_can_be_drawn_as_files(full: Storage) -> None:
     (search,) = plots.load_reports(full).searches
     drawn = figures.search_figures(1, search)
