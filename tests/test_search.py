@@ -1,5 +1,6 @@
 """Searches on Ray Tune: poor trials stop early, bad ones become rows, and a killed search goes on as if nothing was."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -45,7 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A small stand-in, so that the refit on all rows is quick."""
     storage = open_storage(str(tmp_path_factory.mktemp("search")))
     with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(synthetic.write_archives, num_train_rows=1500, num_test_rows=300)
+        small = functools.partial(synthetic.write_archives, num_train_rows=900, num_test_rows=300)
         patch.setattr(synthetic, "write_archives", small)
         data.prepare(storage, "synthetic", val_rows=101)
     return storage
@@ -59,8 +60,7 @@ def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
         yield None
         return
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     version = importlib.metadata.version("mlflow-skinny")
     environment = [uv, "run", "--no-project", "--isolated", "--python", sys.executable, "--with", f"mlflow=={version}"]
     command = [*environment, "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -75,6 +75,14 @@ def mlflow_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGTERM)
     server.wait(timeout=60)
+
+
+def free_port() -> int:
+    """Return a port that nobody takes until the server is up: not of the range that Ray's processes draw from."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +173,7 @@ def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(unbroken: sear
     assert winner.best is not None
     assert row["epochs_done"] == row["best_epoch"] == winner.best["epoch"]
     rows = {each["split"]: each["rows"] for each in report.read_table(prepared, "epochs", "unbroken-refit")}
-    assert rows == {"train": 1500 // 64 * 64}
+    assert rows == {"train": 900 // 64 * 64}
     config = report.stored_config(prepared, "unbroken-refit")
     assert {name: getattr(config, name) for name in winner.settings} == winner.settings
     assert (config.hold_out_val, config.max_train_rows, config.epochs) == (False, 0, 3)

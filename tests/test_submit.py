@@ -116,7 +116,9 @@ def test_the_same_job_runs_when_submitted(project: Path, running: str, storage: 
 def test_a_search_runs_when_submitted(project: Path, running: str, storage: Storage) -> None:
     data.prepare(storage, real_source(), val_rows=100)
     flags = [f"STORAGE={storage.uri}", f"SOURCE={real_source()}", "PRESET=smoke", "SEARCH_ID=sought", "REFIT=no"]
-    done = make(project, "submit-tune", *flags, "NUM_SAMPLES=2", "MAX_EPOCHS=1", "MAX_TRAIN_ROWS=256")
+    done = make(
+        project, "submit-tune", *flags, "NUM_SAMPLES=2", "MAX_EPOCHS=1", "MAX_TRAIN_ROWS=256", "ARGS=--max-concurrent 1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
     for trial in ("sought-t0000", "sought-t0001"):
