@@ -346,6 +346,21 @@ def workers_alive() -> list[str]:
     ]
 
 
+def test_an_interruption_has_the_time_it_needs() -> None:
+    """Ray's handler of SIGTERM sets an alarm that aborts the process; whoever stops a run takes it off."""
+    main = threading.main_thread().ident
+    assert main is not None
+    go_on = threading.Event()
+    threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(3600)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.in_a_thread(go_on.wait, go_on.set)
+    signal.signal(signal.SIGINT, before)
+    assert go_on.is_set(), "it was stopped"
+    assert signal.alarm(0) == 0, "no alarm was left"
+
+
 def test_a_worker_that_fails_becomes_a_row_with_the_reason(unbroken: Fitted, storage: Storage) -> None:
     """A checkpoint with a flipped bit is refused by the worker that loads it."""
     newest = Path(storage.path("runs", "unbroken", f"epoch-{RANDOM.epochs:04d}", checkpoint.OPTIMIZER))
