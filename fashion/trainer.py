@@ -202,7 +202,8 @@ def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) 
     try:
         result, error = done.get()
     except BaseException:
-        # Ray's handler of SIGTERM has the kernel abort the process 3 s later; to stop and to write may take longer.
+        # Whatever ends the wait goes on to the caller, once the workers have ended. Ray's handler of SIGTERM has the
+        # kernel abort the process 3 s later; to stop and to write may take longer.
         signal.alarm(0)
         stop()
         thread.join(SECONDS_TO_STOP)

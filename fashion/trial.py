@@ -114,8 +114,8 @@ class Teller(UserCallback):  # type: ignore[misc]  # Ray has no types
     """
 
     def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Any) -> None:
-        """Report what rank 0 reported."""
-        ray.tune.report(metrics[0])
+        """Report what rank 0 reported: a copy, for Tune adds to it, and Ray Train keeps it beside the checkpoint."""
+        ray.tune.report(dict(metrics[0]))
 
 
 def remove_workers(search_id: str, trial_id: str) -> None:
