@@ -165,6 +165,7 @@ class SearchPlan:
     """Trials at a time."""
     gpus_per_trial: float
     rungs: list[int]
+    judge_by: str
     max_epochs: int
 
     def process_resources(self) -> dict[str, float]:
@@ -184,7 +185,7 @@ class SearchPlan:
             own["cluster"],
             f"trials     {self.num_trials}, {self.concurrent} at a time, each {each}, "
             f"{self.trial.threads_per_worker} thread(s)",
-            f"epochs     {self.max_epochs} at most, judged after {judged}",
+            f"epochs     {self.max_epochs} at most, judged after {judged} by val {self.judge_by}",
             own["batch"],
             own["data"],
             own["precision"],
@@ -219,6 +220,7 @@ def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale
         concurrent=min(concurrent, scale.max_concurrent or concurrent),
         gpus_per_trial=scale.gpus_per_trial,
         rungs=config.rungs,
+        judge_by=config.judge_by,
         max_epochs=config.max_epochs,
     )
 

@@ -18,7 +18,7 @@ from fashion.space import SearchConfig
 from fashion.storage import Storage
 
 STATE_FILE = "search.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 ENDED = ("completed", "stopped", "diverged", "error")
 RUN_STATUS = {"stopped": "completed", "error": "failed"}
 """How the `runs` table calls a trial's status, where it has another word."""

@@ -4,6 +4,7 @@ Keys: `epoch` from 1; `train_` and, if val is held out, `val_` with `loss` (nats
 `lr`; `epoch_time_s`, `data_wait_s` (the slowest rank's) and `val_time_s`. Knows the standard library only.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,17 @@ def checkpoint_score(metrics: Metrics) -> float:
     if "val_accuracy" not in metrics:
         return float(metrics["epoch"])
     return float(metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0))
+
+
+def rung_score(metrics: Metrics, judge_by: str) -> float:
+    """Return what trials are compared by at a rung, 0..1, the more the better; 0 for a trial that has no figures.
+
+    For the loss that is exp(-loss), the geometric mean of the probabilities that true labels are given: it orders as
+    the loss does, but neither a loss that explodes nor a diverged trial drags the percentile at which others are cut.
+    """
+    if "val_loss" not in metrics:
+        return 0.0
+    return float(metrics["val_accuracy"]) if judge_by == "accuracy" else math.exp(-metrics["val_loss"])
 
 
 def summarise(history: Sequence[Metrics], best_epoch: int) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from fashion.ledger import ENDED, Ledger, name_of
-from fashion.space import CHOICES, LOG_UNIFORM
+from fashion.metrics import rung_score
+from fashion.space import CHOICES, LOG_UNIFORM, SearchConfig
 from fashion.trial import METRIC, TRIAL
+
+SCORE = "rung_score"
+"""Key that the scheduler finds `metrics.rung_score` under."""
 
 
 def waiting(ledger: Ledger) -> list[dict[str, Any]]:
@@ -106,17 +110,31 @@ class NamedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
     that got there before is stopped. The first ones to arrive always pass.
     """
 
+    def __init__(self, config: SearchConfig) -> None:
+        super().__init__(
+            time_attr="epoch",
+            metric=SCORE,
+            mode="max",
+            max_t=config.max_epochs,
+            grace_period=config.grace_epochs,
+            reduction_factor=config.reduction_factor,
+        )
+        self._judge_by = config.judge_by
+
+    def _scored(self, result: dict[str, Any]) -> dict[str, Any]:
+        return result | {SCORE: rung_score(result, self._judge_by)}
+
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take a trial up."""
         super().on_trial_add(tune_controller, alias(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide on a trial's result."""
-        return str(super().on_trial_result(tune_controller, alias(trial), result))
+        return str(super().on_trial_result(tune_controller, alias(trial), self._scored(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Take note of a trial's end."""
-        super().on_trial_complete(tune_controller, alias(trial), result)
+        super().on_trial_complete(tune_controller, alias(trial), self._scored(result))
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Forget a trial that never ran."""
@@ -130,22 +148,14 @@ def alias(trial: Any) -> Alias:
 
 def replayed(ledger: Ledger) -> NamedASHA:
     """Return the scheduler in the state that it was in: it is shown each decided result again, oldest trial first."""
-    config = ledger.config
-    scheduler = NamedASHA(
-        time_attr="epoch",
-        metric=METRIC,
-        mode="max",
-        max_t=config.max_epochs,
-        grace_period=config.grace_epochs,
-        reduction_factor=config.reduction_factor,
-    )
+    scheduler = NamedASHA(ledger.config)
     for trial, decided in ledger.judged():
         known = Alias(trial.trial_id)
         scheduler.on_trial_add(None, known)
         for metrics in decided:
             scheduler.on_trial_result(None, known, metrics)
         if trial.status == "diverged":
-            scheduler.on_trial_result(None, known, {"epoch": len(decided) + 1, METRIC: 0.0})
+            scheduler.on_trial_result(None, known, {"epoch": len(decided) + 1})
         if trial.status in ENDED and decided:
             scheduler.on_trial_complete(None, known, decided[-1])
     return scheduler

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import math
 import os
 import random
 import shutil
@@ -258,12 +259,16 @@ def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Stora
 def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     unbroken: search.Found, prepared: Storage, tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver at a random moment, the storage moved, then --resume: trials stop where they did."""
+    """SIGKILL of the driver at a random moment, the storage moved, then --resume: trials stop where they did.
+
+    What crashes is refused here instead, and no more heard of either: two processes less have to start.
+    """
+    first = (PLANTED[0], PLANTED[0], *PLANTED[2:])
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
     flags += ["--max-train-rows", "320", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
-    flags += ["--max-concurrent", "1", "--checkpoint-every-s", "0", "--first", *PLANTED]
+    flags += ["--max-concurrent", "1", "--checkpoint-every-s", "0", "--first", *first]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],
         cwd=ROOT,
@@ -282,7 +287,8 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     job.wait()
     moved = open_storage(str(tmp_path / "moved"))
     os.rename(storage.root, moved.root)
-    found = search.search(moved, "killed", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    config = replace(CONFIG, first=first)
+    found = search.search(moved, "killed", config, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
     assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
     assert found.trials[0].trial_id == unbroken.trials[0].trial_id
 
@@ -325,8 +331,34 @@ def test_rungs_are_those_of_ray() -> None:
             for factor in (2, 3, 4, 10):
                 if grace <= max_epochs:
                     config = SearchConfig(max_epochs=max_epochs, grace_epochs=grace, reduction_factor=factor)
-                    scheduler = strategy.NamedASHA(max_t=max_epochs, grace_period=grace, reduction_factor=factor)
+                    scheduler = strategy.NamedASHA(config)
                     assert config.rungs == [rung for rung, _ in reversed(scheduler._brackets[0]._rungs)]
+
+
+def stops(config: SearchConfig, results: list[dict[str, Any]]) -> list[bool]:
+    """Show a fresh scheduler one result of each trial; return which trials it stops."""
+    scheduler = strategy.NamedASHA(config)
+    for number in range(len(results)):
+        scheduler.on_trial_add(None, strategy.Alias(name_of(number)))
+    words = [
+        scheduler.on_trial_result(None, strategy.Alias(name_of(number)), {"epoch": 1} | result)
+        for number, result in enumerate(results)
+    ]
+    return [word == "STOP" for word in words]
+
+
+def test_trials_are_compared_by_what_was_asked_for() -> None:
+    """The second trial has the lower loss and the lower accuracy."""
+    results = [{"val_accuracy": 0.5, "val_loss": 1.4}, {"val_accuracy": 0.4, "val_loss": 1.3}]
+    assert stops(SearchConfig(), results) == [False, False]
+    assert stops(SearchConfig(judge_by="accuracy"), results) == [False, True]
+
+
+@pytest.mark.parametrize("bad", [{"val_accuracy": 0.1, "val_loss": 800.0}, {}])
+def test_a_trial_that_went_wild_lets_no_poor_one_pass(bad: dict[str, Any]) -> None:
+    """An exploded loss, or none: a cut between 1.0 and 800 would be 267, and 2.2 is chance."""
+    good, poor = {"val_accuracy": 0.7, "val_loss": 1.0}, {"val_accuracy": 0.2, "val_loss": 2.2}
+    assert stops(SearchConfig(), [good, bad, poor]) == [False, True, True]
 
 
 def play(book: Ledger, curves: dict[str, list[float]], stop_after: int) -> int:
@@ -339,8 +371,9 @@ def play(book: Ledger, curves: dict[str, list[float]], stop_after: int) -> int:
         known = strategy.Alias(name)
         scheduler.on_trial_add(None, known)
         for number, accuracy in enumerate(curves[name], start=1):
-            metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": 0.0, "val_rows": 1, "val_time_s": 1.0}
-            metrics |= {"train_loss": 0.0, "train_accuracy": 0.0, "train_rows": 1, "epoch_time_s": 1.0, "lr": 0.1}
+            metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": -math.log(accuracy), "val_rows": 1}
+            metrics |= {"val_time_s": 1.0, "train_loss": 0.0, "train_accuracy": 0.0, "train_rows": 1}
+            metrics |= {"epoch_time_s": 1.0, "lr": 0.1}
             book.add_epoch(name, metrics, 0.0)
             if decided == stop_after:
                 return decided  # written, and killed before the decision
@@ -356,7 +389,7 @@ def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) 
     """Killed after each possible number of results and continued, twelve trials end at the same epochs."""
     config = SearchConfig(num_samples=12, max_epochs=9)
     source = random.Random(3)
-    curves = {name_of(n): [source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
+    curves = {name_of(n): [0.1 + source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
 
     def ends(storage: Storage) -> list[int]:
         book = Ledger(storage, "s", config, {}, {})
