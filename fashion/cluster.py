@@ -181,11 +181,12 @@ class SearchPlan:
         each += f" and {self.gpus_per_trial:g} GPU(s)" if self.gpus_per_trial else ""
         own = {line.split()[0]: line for line in self.trial.lines()}
         judged = ", ".join(str(rung) for rung in self.rungs)
+        judged_by = "accuracy and loss" if self.judge_by == "both" else self.judge_by
         return [
             own["cluster"],
             f"trials     {self.num_trials}, {self.concurrent} at a time, each {each}, "
             f"{self.trial.threads_per_worker} thread(s)",
-            f"epochs     {self.max_epochs} at most, judged after {judged} by val {self.judge_by}",
+            f"epochs     {self.max_epochs} at most, judged after {judged} by {judged_by} of val",
             own["batch"],
             own["data"],
             own["precision"],

@@ -60,12 +60,15 @@ def checkpoint_score(metrics: Metrics) -> float:
 def rung_score(metrics: Metrics, judge_by: str) -> float:
     """Return what trials are compared by at a rung, 0..1, the more the better; 0 for a trial that has no figures.
 
-    For the loss that is exp(-loss), the geometric mean of the probabilities that true labels are given: it orders as
-    the loss does, but neither a loss that explodes nor a diverged trial drags the percentile at which others are cut.
+    `judge_by` names val's accuracy, its loss, or both. The loss counts as exp(-loss), the geometric mean of the
+    probabilities that true labels are given: it orders as the loss does, but neither a loss that explodes nor a
+    diverged trial drags the percentile at which others are cut. Both, in equal parts, since at the first rung many
+    trials may have the accuracy of chance and the best one a loss above it.
     """
     if "val_loss" not in metrics:
         return 0.0
-    return float(metrics["val_accuracy"]) if judge_by == "accuracy" else math.exp(-metrics["val_loss"])
+    accuracy, sureness = float(metrics["val_accuracy"]), math.exp(-metrics["val_loss"])
+    return {"accuracy": accuracy, "loss": sureness, "both": (accuracy + sureness) / 2}[judge_by]
 
 
 def summarise(history: Sequence[Metrics], best_epoch: int) -> dict[str, Any]:

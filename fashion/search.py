@@ -160,7 +160,11 @@ def run_trials(
             verbose=0,
         ),
     )
-    trainer.in_a_thread(tuner.fit)
+    try:
+        trainer.in_a_thread(tuner.fit)
+    finally:
+        for trial in ledger.unfinished():
+            remove_workers(search_id, trial.trial_id)
     for trial in ledger.unfinished():
         ledger.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
     remove_checkpoints(storage, search_id, ledger)

@@ -29,8 +29,9 @@ class SearchConfig:
     """Epochs that a trial runs before it is judged for the first time, 1 to --max-epochs."""
     reduction_factor: int = 3
     """At each rung about one trial in this many goes on, and rungs lie this factor apart, >= 2."""
-    judge_by: Literal["loss", "accuracy"] = "loss"
-    """Which figure of val is compared at a rung; the winner is the one with the best accuracy, whatever this says."""
+    judge_by: Literal["both", "loss", "accuracy"] = "both"
+    """Figures of val that are compared at a rung: accuracies tie at chance, losses punish early overconfidence. The
+    winner is the one with the best accuracy, whatever this says."""
     sampler: Literal["random", "tpe"] = "random"
     """Where settings come from: independent draws, or Optuna's TPE, which learns from the trials before."""
     lr: tuple[float, float] = (3e-4, 3e-2)

@@ -16,9 +16,6 @@ from fashion.metrics import rung_score
 from fashion.space import CHOICES, LOG_UNIFORM, SearchConfig
 from fashion.trial import METRIC, TRIAL
 
-SCORE = "rung_score"
-"""Key that the scheduler finds `metrics.rung_score` under."""
-
 
 def waiting(ledger: Ledger) -> list[dict[str, Any]]:
     """Return the points that are left to run, unfinished trials first.
@@ -113,7 +110,7 @@ class NamedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
     def __init__(self, config: SearchConfig) -> None:
         super().__init__(
             time_attr="epoch",
-            metric=SCORE,
+            metric=METRIC,
             mode="max",
             max_t=config.max_epochs,
             grace_period=config.grace_epochs,
@@ -122,7 +119,8 @@ class NamedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
         self._judge_by = config.judge_by
 
     def _scored(self, result: dict[str, Any]) -> dict[str, Any]:
-        return result | {SCORE: rung_score(result, self._judge_by)}
+        """Put `rung_score` where Ray looks: Tune insists that the metric it looks for is one that trials report."""
+        return result | {METRIC: rung_score(result, self._judge_by)}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take a trial up."""

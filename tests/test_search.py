@@ -16,9 +16,10 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import ray
 from conftest import ROOT
 
 from fashion import data, ledger, report, search, strategy, synthetic, tracking
@@ -36,7 +37,7 @@ PLANTED = (
     '{"lr": NaN}',
     '{"padding": "none"}',
     '{"lr": 100.0, "dropout_conv": 0.0}',
-    '{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0, "padding": "zeros"}',
+    '{"lr": 0.0003, "dropout_conv": 0.0, "dropout_fc": 0.0, "padding": "zeros"}',
     '{"lr": 0.03, "dropout_conv": 0.5}',
 )
 CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=PLANTED)
@@ -119,7 +120,7 @@ def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) ->
 
 def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None, prepared: Storage) -> None:
     """Each trial takes both CPUs; the second one starts when the first is done, and is stopped in mid-run."""
-    first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}')
+    first = ('{"lr": 0.0003, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03}')
     config = SearchConfig(num_samples=2, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
     search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
     found = outcomes(prepared, "wide", config)
@@ -193,7 +194,7 @@ def test_mlflow_is_told_of_trials_and_of_the_refit(
 
     trials = runs_of("unbroken")
     assert sorted(trials) == [name_of(number) for number in range(8)]
-    assert trials["t0003"].data.params["lr"] == "0.001"
+    assert trials["t0003"].data.params["lr"] == "0.0003"
     told = client.get_metric_history(trials["t0003"].info.run_id, "val_accuracy")
     epochs = [each for each in report.read_table(prepared, "epochs", "unbroken-t0003") if each["split"] == "val"]
     assert [metric.value for metric in told] == [each["accuracy"] for each in epochs]
@@ -272,7 +273,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],
         cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -301,7 +302,7 @@ def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepare
 
 def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
-    search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), SearchScale(), source="synthetic")
+    search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
     book = Ledger(prepared, "tpe", config, {}, {})
     assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
     low, high = config.lr
@@ -347,11 +348,21 @@ def stops(config: SearchConfig, results: list[dict[str, Any]]) -> list[bool]:
     return [word == "STOP" for word in words]
 
 
-def test_trials_are_compared_by_what_was_asked_for() -> None:
-    """The second trial has the lower loss and the lower accuracy."""
-    results = [{"val_accuracy": 0.5, "val_loss": 1.4}, {"val_accuracy": 0.4, "val_loss": 1.3}]
-    assert stops(SearchConfig(), results) == [False, False]
-    assert stops(SearchConfig(judge_by="accuracy"), results) == [False, True]
+@pytest.mark.parametrize(
+    ("judge_by", "lower_loss", "lower_accuracy", "tied_accuracy"),
+    [("accuracy", False, True, False), ("loss", False, False, True), ("both", False, True, True)],
+)
+def test_trials_are_compared_by_what_was_asked_for(
+    judge_by: Literal["both", "loss", "accuracy"], lower_loss: bool, lower_accuracy: bool, tied_accuracy: bool
+) -> None:
+    """Of each pair, the second trial is named; whether it is stopped."""
+    config, first = SearchConfig(judge_by=judge_by), {"val_accuracy": 0.5, "val_loss": 1.4}
+    for expected, second in (
+        (lower_loss, {"val_accuracy": 0.5, "val_loss": 1.3}),
+        (lower_accuracy, {"val_accuracy": 0.4, "val_loss": 1.3}),
+        (tied_accuracy, {"val_accuracy": 0.5, "val_loss": 1.5}),
+    ):
+        assert stops(config, [first, second]) == [False, expected], second
 
 
 @pytest.mark.parametrize("bad", [{"val_accuracy": 0.1, "val_loss": 800.0}, {}])

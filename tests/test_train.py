@@ -152,10 +152,10 @@ def fit_first(config: TrainConfig) -> dict[str, Tensor]:
 
 def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, storage: Storage) -> None:
     """With seven, streamed, where a range is asked for: it takes as many as there are. Others train with 1 to 4."""
-    fitted = fit(storage, "seven", replace(TINY, data_mode="streaming", epochs=2), "6:7")
+    fitted = fit(storage, "seven", replace(TINY, data_mode="streaming"), "6:7")
     assert fitted.row["world_size"] == 7
     rows = [(row["split"], row["rows"]) for row in fitted.epochs]
-    assert rows == 2 * [("train", 252), ("val", 101)]
+    assert rows == [("train", 252), ("val", 101)]
 
 
 def test_shards_are_the_written_rows_in_their_order(ray_cluster: None, storage: Storage) -> None:
