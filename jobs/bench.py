@@ -17,9 +17,11 @@ class Flags:
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that holds the prepared data; the `bench` table goes there too."""
     rows: str = "b"
-    """Letters of the rows to run, with commas: b (the job's loop against the bare step), i (trials of a search)."""
+    """Letters of the rows to run, with commas: a (step against matrix products), b (the job's loop against the bare
+    step), c (against torchrun), d (batches against Ray Data's), e (against Keras), f (more workers), g (batches against
+    index_select), h (start-up), i (trials of a search), j (time to the published accuracy: most of an hour)."""
     repeats: int = 7
-    """How often each side is timed, >= 3."""
+    """How often each side is timed, >= 3; row j is run once."""
     out: str = ""
     """File to write the rows to as Parquet as well; its folder must exist."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)

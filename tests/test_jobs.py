@@ -146,8 +146,9 @@ def test_bench_writes_its_rows_where_it_is_told(
     finished: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fashion import bench as library
+    from fashion.measurement import Measurement
 
-    row = library.Measurement("b_job_vs_step", "images/s", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0], 0.92, 1)
+    row = Measurement("b_job_vs_step", "images/s", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0], 0.92, 1)
     monkeypatch.setitem(library.ROWS, "b", lambda *_: [row])
     monkeypatch.setattr(cluster, "connect", lambda: None)
     out = tmp_path / "rows.parquet"

@@ -1,0 +1,104 @@
+"""The row of `jobs.bench` about a search's trials."""
+
+import json
+import tempfile
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from pyarrow import fs as pafs
+
+from fashion import cluster, data, report, search, trial, worker
+from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.ledger import name_of
+from fashion.measurement import Measurement, inverse
+from fashion.space import SearchConfig, SearchScale
+from fashion.storage import Storage, open_storage
+
+
+def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurement]:
+    """Row i: a one-worker trial against the bare loop over the same rows, process start aside; and its start against
+    that of a trial whose function is empty.
+
+    Trials run one at a time. A start is the time from the end of one trial to the begin of the next.
+    """
+    require(
+        isinstance(storage.fs, pafs.LocalFileSystem), f"--storage {storage.uri}: row i needs a folder of this machine"
+    )
+    base = TrainConfig(max_train_rows=2048)
+    point = json.dumps({"lr": base.lr, "dropout_conv": base.dropout_conv, "dropout_fc": base.dropout_fc})
+    config = SearchConfig(num_samples=repeats + 1, max_epochs=2, grace_epochs=2, first=(point,) * (repeats + 1))
+    one_at_a_time = SearchScale(max_concurrent=1, cpus_per_worker=scale.cpus_per_worker)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = open_storage(folder)
+        Path(folder, "data").symlink_to(storage.path("data"))
+        search.search(scratch, "bench", config, base, one_at_a_time, source="auto")
+        runs = [report.load_run(scratch, f"bench-{name_of(number)}") for number in range(repeats + 1)]
+    bare = bare_loops(storage, replace(base, epochs=2), one_at_a_time, repeats)
+    trials = [run["wall_s"] for run in runs[1:]]
+    starts = [(after["started_at"] - before["finished_at"]).total_seconds() for before, after in pairwise(runs)]
+    threads = max(1, int(scale.cpus_per_worker))
+    return [
+        Measurement("i_loop_time_vs_trial_time", "1/h", inverse(trials), inverse(bare), 0.95, threads),
+        Measurement(
+            "i_empty_start_plus_1_s_vs_start",
+            "1/h",
+            inverse(starts),
+            inverse([start + 1 for start in empty_starts(repeats)]),
+            1.0,
+            threads,
+        ),
+    ]
+
+
+def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeats: int) -> list[float]:
+    """Return the seconds that `repeats` bare loops take, one after another in one process, after one that warms up."""
+    manifest = data.load_manifest(storage)
+    plan = cluster.make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
+    shared = search.shared_by_trials(storage, "bare", SearchConfig(), config, plan, manifest)
+    looper = ray.remote(num_cpus=plan.trial.cpus_per_worker)(time_bare_loop)
+    return list(ray.get(looper.remote(config.to_dict(), shared, repeats)))
+
+
+def time_bare_loop(settings: dict[str, Any], shared: dict[str, Any], repeats: int) -> list[float]:
+    """Run in a process of its own: what a trial does, without reports and checkpoints."""
+    worker.prepare_process(shared["threads"])
+    config = TrainConfig.from_dict(settings)
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        for _metrics in trial.open_run(config, shared).epochs():
+            pass
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+class StartTimes(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Notes when Tune's trials start and end."""
+
+    def __init__(self) -> None:
+        self.started: list[float] = []
+        self.ended: list[float] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note a start."""
+        self.started.append(time.perf_counter())
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note an end."""
+        self.ended.append(time.perf_counter())
+
+
+def empty_starts(repeats: int) -> list[float]:
+    """Return the starts, in seconds, of Tune trials of an empty function, with Tune's own settings otherwise."""
+    times = StartTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainable = ray.tune.with_resources(lambda config: {"done": True}, {"CPU": 1})
+        tune_config = ray.tune.TuneConfig(num_samples=repeats + 1, max_concurrent_trials=1)
+        run_config = ray.tune.RunConfig(storage_path=folder, callbacks=[times], verbose=0)
+        ray.tune.Tuner(trainable, tune_config=tune_config, run_config=run_config).fit()
+    return [after - before for before, after in zip(times.ended[:-1], times.started[1:], strict=True)]

@@ -1,0 +1,103 @@
+"""The published recipe as a Keras script: a `Sequential` network of the same layers, `model.fit`, Adam, fp32.
+
+    python -m fashion.peer_keras --storage DIR [--until 0.9304 --max-epochs 10]
+
+With `--until` it trains on all 60,000 rows until the test accuracy is reached, a line an epoch; else it waits for what
+`fashion.peers` says. Keras and TensorFlow are the dependency group `keras`; nothing else loads them.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fashion import data, peers
+from fashion.config import IMAGE_SIZE, NUM_CLASSES, preset
+from fashion.storage import Storage, open_storage
+
+NUM_PARAMETERS = 7_001_194  # of model.NUM_PARAMETERS, which would load torch
+ACCURACY = "test accuracy: "
+
+
+def compiled_network() -> Any:
+    """Return the published network with its assumed dropout (preset `seed`), compiled with Adam at 1e-3."""
+    import keras
+    from keras import layers
+
+    recipe = preset("seed")
+
+    def conv(width: int) -> Any:
+        return layers.Conv2D(width, 3, padding="same", activation="relu")
+
+    model = keras.Sequential(
+        [
+            keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1)),
+            *(conv(32), conv(32), layers.Dropout(recipe.dropout_conv)),
+            *(conv(64), layers.MaxPooling2D(), layers.Dropout(recipe.dropout_conv)),
+            *(conv(128), conv(128), conv(256), layers.MaxPooling2D(), layers.Dropout(recipe.dropout_conv)),
+            layers.Flatten(),
+            *(layers.Dense(512, activation="relu"), layers.Dropout(recipe.dropout_fc)),
+            *(layers.Dense(64, activation="relu"), layers.Dropout(recipe.dropout_fc)),
+            layers.Dense(NUM_CLASSES, activation="softmax"),
+        ]
+    )
+    assert model.count_params() == NUM_PARAMETERS, model.count_params()
+    optimizer = keras.optimizers.Adam(learning_rate=recipe.lr)
+    model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def rows_of(storage: Storage, *splits: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Return the images (N, 28, 28, 1) in 0..1 and the labels (N,) of some splits together."""
+    manifest = data.load_manifest(storage)
+    rows = data.joined(*(data.load_split(storage, manifest, split) for split in splits))
+    return (rows.images[..., np.newaxis] / np.float32(255)).astype(np.float32), rows.labels
+
+
+def answer_questions(model: Any, storage: Storage, batch_size: int) -> None:
+    """Answer each question with the images/s of one `fit`, from the begin of its epoch to its end."""
+    import keras
+
+    images, labels = rows_of(storage, "train")
+    moments: list[float] = []
+    clock = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: moments.append(time.perf_counter()),
+        on_epoch_end=lambda epoch, logs: moments.append(time.perf_counter()),
+    )
+    for steps in peers.questions():
+        chosen = np.random.default_rng(len(moments)).permutation(len(labels))[: steps * batch_size]
+        model.fit(images[chosen], labels[chosen], batch_size=batch_size, verbose=0, callbacks=[clock])
+        peers.answer(len(chosen) / (moments[-1] - moments[-2]))
+
+
+def train_until(model: Any, storage: Storage, batch_size: int, accuracy: float, max_epochs: int) -> None:
+    """Train until the test accuracy is at least `accuracy`, or for `max_epochs`; print it after each epoch."""
+    images, labels = rows_of(storage, "train", "val")
+    test = rows_of(storage, "test")
+    for _ in range(max_epochs):
+        model.fit(images, labels, batch_size=batch_size, verbose=0)
+        _, reached = model.evaluate(*test, batch_size=500, verbose=0)
+        print(f"{ACCURACY}{reached}", flush=True)
+        if reached >= accuracy:
+            return
+
+
+def main() -> None:
+    """Parse, build, train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", required=True)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--until", type=float, default=0.0, help="test accuracy to train for, in 0..1")
+    parser.add_argument("--max-epochs", type=int, default=10)
+    flags = parser.parse_args()
+    model, storage = compiled_network(), open_storage(flags.storage)
+    if flags.until:
+        train_until(model, storage, flags.batch_size, flags.until, flags.max_epochs)
+    else:
+        answer_questions(model, storage, flags.batch_size)
+
+
+if __name__ == "__main__":
+    main()

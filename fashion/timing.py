@@ -1,0 +1,103 @@
+"""Timing in the workers of Ray Train: a worker group for the rows of `jobs.bench`, and the work that they time."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from fashion import cluster, data, fit, loop, trainer
+from fashion.config import ScaleConfig, TrainConfig
+from fashion.measurement import Rates
+from fashion.storage import Storage
+from fashion.torch_trainer import Trainer
+
+
+def in_workers(
+    work: Callable[[dict[str, Any]], Rates],
+    storage: Storage,
+    config: TrainConfig,
+    scale: ScaleConfig,
+    told: dict[str, Any],
+    datasets: dict[str, ray.data.Dataset] | None = None,
+) -> tuple[Rates, int]:
+    """Run `work(settings)` on every worker of a job; return rank 0's rates, and the threads of all workers.
+
+    `settings` is what the workers of a run are told (`trainer.worker_settings`), and `told`.
+    """
+    scale.check_batch(config.global_batch_size)
+    manifest = data.load_manifest(storage)
+    plan = cluster.make_plan(config, scale, manifest)
+    settings = trainer.worker_settings(storage, manifest, config, plan) | told
+    return run_group(work, settings, trainer.scaling_config(plan), datasets), plan.threads_per_worker * max(
+        plan.num_workers
+    )
+
+
+def run_group(
+    work: Callable[[dict[str, Any]], Rates],
+    settings: dict[str, Any],
+    shape: ray.train.ScalingConfig,
+    datasets: dict[str, ray.data.Dataset] | None = None,
+) -> Rates:
+    """Run `work(settings)` on a worker group of its own; return what rank 0 returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ray.train.LoggingConfig(log_level="WARNING")
+        result = Trainer(
+            work,
+            train_loop_config=settings,
+            datasets=datasets or {},
+            scaling_config=shape,
+            run_config=ray.train.RunConfig(storage_path=folder, logging_config=quiet),
+        ).fit()
+    assert result.return_value is not None, "rank 0 returned nothing"
+    rates: Rates = result.return_value
+    return rates
+
+
+def together(work: Callable[[], None]) -> float:
+    """Return the seconds that `work` takes from a common start to the last rank's end."""
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def one_batch(run: fit.Run, steps: int) -> list[loop.Batch]:
+    """Return the same pre-made batch for each of `steps`."""
+    return [next(iter(run.rows.train_batches(1)))] * steps
+
+
+def time_steps(run: fit.Run, model: nn.Module, batches: list[loop.Batch]) -> None:
+    """Forward, backward and update on each batch, and nothing else."""
+    run.model.train()
+    for images, labels in batches:
+        with loop.autocast(run.precision, run.rank.device):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.config.label_smoothing)
+        run.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        run.optimizer.step()
+
+
+def time_loop(run: fit.Run, batches: Iterator[loop.Batch]) -> None:
+    """The loop that a run trains with."""
+    loop.train_one_epoch(
+        run.wrapped,
+        batches,
+        run.optimizer,
+        epoch=1,
+        set_lr=run.set_lr,
+        precision=run.precision,
+        label_smoothing=run.config.label_smoothing,
+        device=run.rank.device,
+    )
