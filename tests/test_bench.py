@@ -119,7 +119,7 @@ def test_a_peer_answers_and_a_dead_one_says_why() -> None:
 @pytest.mark.commands
 def test_torchrun_trains_and_answers(lenient: Path, storage: Storage) -> None:
     data.prepare(storage, str(lenient), val_rows=300)
-    command = peers.torchrun_command(storage.uri, 8, 2, "--tuned", "--precision", "bf16")
+    command = peers.torchrun_command(storage.uri, 8, 1, "--tuned", "--precision", "bf16")
     with peers.Peer(command, peers.plain_environment(OMP_NUM_THREADS="1")) as peer:
         assert peer.ask(2) > 0
         assert peer.ask(1) > 0

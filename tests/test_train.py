@@ -82,13 +82,28 @@ def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
 
 
 # Everything that draws at random is on.
-RANDOM = replace(TINY, epochs=4, dropout_conv=0.1, dropout_fc=0.2, flip="random", shift=2)
+RANDOM = TrainConfig(
+    preset="smoke",
+    epochs=2,
+    max_train_rows=1024,
+    global_batch_size=32,
+    dropout_conv=0.05,
+    dropout_fc=0.1,
+    flip="random",
+    shift=1,
+)
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_cluster: None, storage: Storage) -> Fitted:
-    """A run that other runs with the same seed must equal."""
-    return fit(storage, "unbroken", RANDOM, 2)
+def trained(ray_cluster: None, storage: Storage) -> trainer.Finished:
+    """A whole run: trained, chosen on val, evaluated on test, reported. Others with its seed must equal it."""
+    return train(storage, "whole", RANDOM, ScaleConfig(num_workers="2"))
+
+
+def fitted(storage: Storage, run_id: str) -> Fitted:
+    """Return what a run has left."""
+    row = report.load_run(storage, run_id)
+    return Fitted(row, report.read_table(storage, "epochs", run_id), weights_of(storage, row))
 
 
 def assert_same(one: Fitted, two: Fitted) -> None:
@@ -97,10 +112,10 @@ def assert_same(one: Fitted, two: Fitted) -> None:
     assert one.epochs_without_times() == two.epochs_without_times()
 
 
-def test_the_same_seed_gives_the_same_bits(unbroken: Fitted, storage: Storage) -> None:
+def test_the_same_seed_gives_the_same_bits(trained: trainer.Finished, storage: Storage) -> None:
     """And no process is started but the workers and the one they meet at."""
     before = set(actors())
-    assert_same(fit(storage, "same", RANDOM, 2), unbroken)
+    assert_same(fit(storage, "same", RANDOM, 2), fitted(storage, "whole"))
     started = Counter(name for number, name in actors().items() if number not in before)
     assert started == {"RayTrainWorker": 2, "SynchronizationActor": 1}
 
@@ -192,13 +207,6 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
     assert_refused(call_job(jobs.train.main, *flags, "--run-id", "wide"), "needs 4 CPUs (4 x 1) and the cluster has 2")
     assert report.find_run(storage, "wide") is None
     assert not storage.exists("runs", "wide")
-
-
-@pytest.fixture(scope="module")
-def trained(ray_cluster: None, storage: Storage) -> trainer.Finished:
-    """A whole run: trained, chosen on val, evaluated on test, reported."""
-    config = TrainConfig(preset="smoke", epochs=2, max_train_rows=1024, global_batch_size=32)
-    return train(storage, "whole", config, ScaleConfig(num_workers="2"))
 
 
 def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, storage: Storage) -> None:
@@ -302,7 +310,7 @@ def test_other_data_than_the_run_was_trained_on_is_refused(
         evaluation.evaluate_run(other, "whole", trained.row, split="val", plan=plan)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Storage) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(trained: trainer.Finished, storage: Storage) -> None:
     """Ctrl-C after the first epoch, then --resume: the same bits as a run that nobody interrupted."""
     recipe = preset("smoke").to_dict()
     changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
@@ -324,7 +332,7 @@ def test_an_interrupted_run_goes_on_where_it_was(unbroken: Fitted, storage: Stor
     row = report.load_run(storage, "broken")
     assert row["status"] == "completed"
     assert 1 <= row["resumed_from"] < RANDOM.epochs
-    assert_same(Fitted(row, report.read_table(storage, "epochs", "broken"), weights_of(storage, row)), unbroken)
+    assert_same(fitted(storage, "broken"), fitted(storage, "whole"))
 
 
 def interrupt_after_an_epoch(storage: Storage, run_id: str) -> None:
@@ -361,14 +369,14 @@ def test_an_interruption_has_the_time_it_needs() -> None:
     assert signal.alarm(0) == 0, "no alarm was left"
 
 
-def test_a_worker_that_fails_becomes_a_row_with_the_reason(unbroken: Fitted, storage: Storage) -> None:
+def test_a_worker_that_fails_becomes_a_row_with_the_reason(trained: trainer.Finished, storage: Storage) -> None:
     """A checkpoint with a flipped bit is refused by the worker that loads it."""
-    newest = Path(storage.path("runs", "unbroken", f"epoch-{RANDOM.epochs:04d}", checkpoint.OPTIMIZER))
+    newest = Path(storage.path("runs", "whole", f"epoch-{RANDOM.epochs:04d}", checkpoint.OPTIMIZER))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     manifest = data.load_manifest(storage)
     plan = cluster.make_plan(RANDOM, scale(1), manifest)
-    row = trainer.run_or_explain(trainer.Job(storage, "unbroken", RANDOM, plan, manifest))
+    row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest))
     assert row["status"] == "failed"
     assert "checkpoint file optimizer.pt differs from its sum" in row["error"]
