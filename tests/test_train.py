@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -95,9 +96,56 @@ RANDOM = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def trained(ray_cluster: None, storage: Storage) -> trainer.Finished:
-    """A whole run: trained, chosen on val, evaluated on test, reported. Others with its seed must equal it."""
-    return train(storage, "whole", RANDOM, ScaleConfig(num_workers="2"))
+def cut(ray_cluster: None, storage: Storage) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The command, ended by Ctrl-C after its first epoch, and the run's row then."""
+    recipe = preset("smoke").to_dict()
+    changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
+    flags = ["--preset=smoke", *(f"{flag(key)}={value}" for key, value in changed.items())]
+    flags += ["--storage", storage.uri, "--source", real_source(), "--run-id", "whole", "--cpus-per-worker", "0.25"]
+    # Whoever starts the tests in the background may have them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt_after_an_epoch, args=(storage, "whole"), daemon=True).start()
+    done = call_job(jobs.train.main, *flags)
+    signal.signal(signal.SIGINT, before)
+    return done, report.load_run(storage, "whole")
+
+
+def interrupt_after_an_epoch(storage: Storage, run_id: str) -> None:
+    deadline = time.monotonic() + 300
+    while not report.read_table(storage, "epochs", run_id) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    number = threading.main_thread().ident
+    assert number is not None
+    signal.pthread_kill(number, signal.SIGINT)
+
+
+def test_ctrl_c_is_written_down_and_ends_the_workers(
+    cut: tuple[subprocess.CompletedProcess[str], dict[str, Any]],
+) -> None:
+    done, row = cut
+    assert done.returncode == 1, done.stderr
+    assert "continue with --run-id whole --resume" in done.stderr
+    assert row["status"] == "interrupted"
+    deadline = time.monotonic() + 30
+    while workers_alive():
+        assert time.monotonic() < deadline, "its workers stay"
+        time.sleep(0.1)
+
+
+def workers_alive() -> list[str]:
+    """Return the ids of Ray Train's workers that live."""
+    everyone = ray._private.state.actors()
+    return [
+        number
+        for number, each in everyone.items()
+        if each["ActorClassName"] == "RayTrainWorker" and each["State"] == "ALIVE"
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(cut: tuple[subprocess.CompletedProcess[str], dict[str, Any]], storage: Storage) -> trainer.Finished:
+    """The same run to its end: trained in two lives, chosen on val, evaluated on test, reported."""
+    return train(storage, "whole", RANDOM, ScaleConfig(num_workers="2"), resume=True)
 
 
 def fitted(storage: Storage, run_id: str) -> Fitted:
@@ -112,8 +160,9 @@ def assert_same(one: Fitted, two: Fitted) -> None:
     assert one.epochs_without_times() == two.epochs_without_times()
 
 
-def test_the_same_seed_gives_the_same_bits(trained: trainer.Finished, storage: Storage) -> None:
+def test_the_same_seed_gives_the_same_bits_interrupted_or_not(trained: trainer.Finished, storage: Storage) -> None:
     """And no process is started but the workers and the one they meet at."""
+    assert 1 <= trained.row["resumed_from"] < RANDOM.epochs
     before = set(actors())
     assert_same(fit(storage, "same", RANDOM, 2), fitted(storage, "whole"))
     started = Counter(name for number, name in actors().items() if number not in before)
@@ -238,8 +287,9 @@ def room_to_share() -> bool:
 
 
 def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.Finished, storage: Storage) -> None:
-    [path] = Path(storage.path("runs", "whole", "tensorboard")).glob("events.out.tfevents.*")
-    values = {(value.tag, event.step): value.simple_value for event in events_of(path) for value in event.summary.value}
+    files = Path(storage.path("runs", "whole", "tensorboard")).glob("events.out.tfevents.*")  # one of each life
+    events = [event for path in files for event in events_of(path)]
+    values = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
     rows = report.read_table(storage, "epochs", "whole")
     for row in rows:
         assert values[f"{row['split']}_loss", row["epoch"]] == pytest.approx(row["loss"])
@@ -308,50 +358,6 @@ def test_other_data_than_the_run_was_trained_on_is_refused(
     plan = cluster.make_plan(TINY, scale(1), data.load_manifest(other))
     with pytest.raises(UserError, match="is not what the run was trained on"):
         evaluation.evaluate_run(other, "whole", trained.row, split="val", plan=plan)
-
-
-def test_an_interrupted_run_goes_on_where_it_was(trained: trainer.Finished, storage: Storage) -> None:
-    """Ctrl-C after the first epoch, then --resume: the same bits as a run that nobody interrupted."""
-    recipe = preset("smoke").to_dict()
-    changed = {key: value for key, value in RANDOM.to_dict().items() if value != recipe[key]}
-    flags = ["--preset=smoke", *(f"{flag(key)}={value}" for key, value in changed.items())]
-    flags += ["--storage", storage.uri, "--source", real_source(), "--run-id", "broken", "--cpus-per-worker", "0.25"]
-    # Whoever starts the tests in the background may have them ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=interrupt_after_an_epoch, args=(storage, "broken"), daemon=True).start()
-    done = call_job(jobs.train.main, *flags)
-    signal.signal(signal.SIGINT, before)
-    assert done.returncode == 1, done.stderr
-    assert "continue with --run-id broken --resume" in done.stderr
-    assert report.load_run(storage, "broken")["status"] == "interrupted"
-    deadline = time.monotonic() + 30
-    while workers_alive():
-        assert time.monotonic() < deadline, "its workers stay"
-        time.sleep(0.1)
-    train(storage, "broken", RANDOM, scale(2), resume=True)
-    row = report.load_run(storage, "broken")
-    assert row["status"] == "completed"
-    assert 1 <= row["resumed_from"] < RANDOM.epochs
-    assert_same(fitted(storage, "broken"), fitted(storage, "whole"))
-
-
-def interrupt_after_an_epoch(storage: Storage, run_id: str) -> None:
-    deadline = time.monotonic() + 300
-    while not report.read_table(storage, "epochs", run_id) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    number = threading.main_thread().ident
-    assert number is not None
-    signal.pthread_kill(number, signal.SIGINT)
-
-
-def workers_alive() -> list[str]:
-    """Return the ids of Ray Train's workers that live."""
-    everyone = ray._private.state.actors()
-    return [
-        number
-        for number, each in everyone.items()
-        if each["ActorClassName"] == "RayTrainWorker" and each["State"] == "ALIVE"
-    ]
 
 
 def test_an_interruption_has_the_time_it_needs() -> None:
