@@ -45,12 +45,13 @@ help: ## Show this list
 
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
+# Compiled here, once: where Python is told to write no bytecode, each of Ray's processes would compile torch and Ray anew.
 .venv/.installed: uv.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14; name one, as in: make setup PYTHON=python3.12" >&2; exit 2; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@uv=$$(command -v uv) || { .venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION) && \
-		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --python .venv/bin/python
+		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --compile-bytecode --python .venv/bin/python
 	@touch $@
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes

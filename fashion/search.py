@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -243,7 +244,8 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a trial that crashed once too often."""
-        self._end(trial_name(trial), "error", trainer.brief(trial.get_error()))
+        # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
+        self._end(trial_name(trial), "error", trainer.brief(Path(trial.error_file).read_text()))
 
     def _end(self, name: str, status: str, error: str | None) -> None:
         self._ledger.end(name, status, error)

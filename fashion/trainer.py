@@ -213,7 +213,7 @@ def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) 
     return cast(T, result)
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException | str) -> str:
     """Return an error's last line, at most 500 characters; of a worker group's error, that of its first rank."""
     failures = getattr(error, "worker_failures", None)
     rank, first = min(failures.items()) if failures else (None, error)
