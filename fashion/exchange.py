@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file of a random name that only its owner may open
-# 64 Ki float32 values, their sum and the two slots of 2 or 4 bytes fit into a core's second-level cache.
-CHUNK = 1 << 16
+# Values that are averaged at a time. Of 2**14 to 2**23 this is the fastest on Zen 4, 3.6 ms for all gradients: fewer
+# cost calls, more fall out of the caches between a copy and its sum.
+CHUNK = 1 << 19
 
 
 class SharedMemoryExchange:

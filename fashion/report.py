@@ -303,8 +303,8 @@ def source_hash() -> str:
     package = Path(__file__).resolve().parent
     folders = [package, package.parent / "jobs"]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
-        digest.update(f"{path.parent.name}/{path.name}\0".encode())
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(package.parent).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

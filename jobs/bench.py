@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, measure, print and write the rows."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.bench", description=__doc__ or "")
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
-    from fashion import bench, cluster, report, summary
+    from fashion import cluster, report, summary
+    from fashion.bench.rows import ROWS
     from fashion.storage import open_storage
 
     out = Path(flags.out).expanduser().absolute() if flags.out else None
@@ -41,11 +42,11 @@ def main(argv: Sequence[str]) -> None:
         require(os.access(out.parent, os.W_OK), f"--out {out}: the folder cannot be written; name another")
     storage = open_storage(flags.storage)
     letters = flags.rows.split(",")
-    unknown = [letter for letter in letters if letter not in bench.ROWS]
-    require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(bench.ROWS)}")
+    unknown = [letter for letter in letters if letter not in ROWS]
+    require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(ROWS)}")
     storage.check_writable(report.REPORTS_FOLDER)
     cluster.connect()
-    measured = [each for letter in letters for each in bench.ROWS[letter](storage, flags.scale, flags.repeats)]
+    measured = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
     rows = [each.columns() for each in measured]
     path = report.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
     summary.print_bench(rows)

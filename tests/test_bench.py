@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fashion import data, peer_ddp, peer_keras, peers, startup, synthetic
+from fashion import data, synthetic
+from fashion.bench import peer_ddp, peer_keras, peers, startup
+from fashion.bench.measurement import Measurement, alternate, inverse, step_flops
 from fashion.config import ScaleConfig, UserError
-from fashion.measurement import Measurement, alternate, inverse, step_flops
 from fashion.model import NUM_PARAMETERS, FashionCNN, count_parameters
 from fashion.storage import Storage
 
@@ -69,9 +70,9 @@ def test_rows_under_torchrun_are_those_of_the_storage() -> None:
 def test_commands_of_the_other_programs() -> None:
     command = peers.torchrun_command("/s", 64, 2, "--tuned")
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert command[5:] == ["-m", "fashion.peer_ddp", "--storage", "/s", "--batch-size", "64", "--tuned"]
+    assert command[5:] == ["-m", "fashion.bench.peer_ddp", "--storage", "/s", "--batch-size", "64", "--tuned"]
     assert peers.keras_command("/s", 128, "--until", "0.9")[2:] == [
-        *("fashion.peer_keras", "--storage", "/s", "--batch-size", "128"),
+        *("fashion.bench.peer_keras", "--storage", "/s", "--batch-size", "128"),
         *("--until", "0.9"),
     ]
     flags = peers.job_flags("/s", ScaleConfig(num_workers="4", cpus_per_worker=0.5), "r", "--preset", "smoke")
@@ -106,7 +107,7 @@ def test_notes_of_a_start_are_those_of_its_slowest_process(tmp_path: Path) -> No
 
 
 def test_a_peer_answers_and_a_dead_one_says_why() -> None:
-    script = "from fashion import peers\nfor steps in peers.questions(): peers.answer(2 * steps)"
+    script = "from fashion.bench import peers\nfor steps in peers.questions(): peers.answer(2 * steps)"
     with peers.Peer([sys.executable, "-c", script], dict(os.environ)) as peer:
         assert [peer.ask(1), peer.ask(20)] == [2.0, 40.0]
     with (

@@ -145,8 +145,8 @@ def test_storage_that_is_read_only_is_found_out_before_the_work(
 def test_bench_writes_its_rows_where_it_is_told(
     finished: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fashion import bench as library
-    from fashion.measurement import Measurement
+    from fashion.bench import rows as library
+    from fashion.bench.measurement import Measurement
 
     row = Measurement("b_job_vs_step", "images/s", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0], 0.92, 1)
     monkeypatch.setitem(library.ROWS, "b", lambda *_: [row])

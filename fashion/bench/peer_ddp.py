@@ -1,8 +1,8 @@
 """Plain DDP as its users write it, for `torchrun`: torchvision's dataset, a `DataLoader`, a `DistributedSampler`.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 -m fashion.peer_ddp --storage DIR
+    python -m torch.distributed.run --standalone --nproc-per-node=2 -m fashion.bench.peer_ddp --storage DIR
 
-Waits on rank 0's standard input for what `fashion.peers` says.
+Waits on rank 0's standard input for what `fashion.bench.peers` says.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fashion import data, peers
+from fashion import data
+from fashion.bench import peers
 from fashion.config import NUM_CLASSES
 from fashion.loop import Batch, autocast
 from fashion.model import NUM_PARAMETERS, count_parameters

@@ -19,7 +19,7 @@ from typing import Self
 
 from fashion.config import RAY_ENVIRONMENT, ScaleConfig, flag, require
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ANSWER = "images/s: "
 SECONDS_TO_END = 60.0
 # What Ray, or this project's way to start it, sets for its workers; a user's own program runs without.
@@ -31,14 +31,23 @@ SET_BY_RAY = {
 
 
 def torchrun_command(storage: str, batch_size: int, num_workers: int, *style: str) -> list[str]:
-    """Return the command of the DDP script under torchrun; `style` are further flags of `fashion.peer_ddp`."""
+    """Return the command of the DDP script under torchrun; `style` are further flags of `fashion.bench.peer_ddp`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
-    return [*launcher, "-m", "fashion.peer_ddp", "--storage", storage, "--batch-size", str(batch_size), *style]
+    return [*launcher, "-m", "fashion.bench.peer_ddp", "--storage", storage, "--batch-size", str(batch_size), *style]
 
 
 def keras_command(storage: str, batch_size: int, *until: str) -> list[str]:
-    """Return the command of the Keras script; `until` are further flags of `fashion.peer_keras`."""
-    return [sys.executable, "-m", "fashion.peer_keras", "--storage", storage, "--batch-size", str(batch_size), *until]
+    """Return the command of the Keras script; `until` are further flags of `fashion.bench.peer_keras`."""
+    return [
+        sys.executable,
+        "-m",
+        "fashion.bench.peer_keras",
+        "--storage",
+        storage,
+        "--batch-size",
+        str(batch_size),
+        *until,
+    ]
 
 
 def job_flags(storage: str, scale: ScaleConfig, run_id: str, *more: str) -> list[str]:

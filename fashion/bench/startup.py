@@ -1,7 +1,7 @@
 """What row h of `jobs.bench` runs, each time in a fresh process: the job, or Ray's own trainer with an empty loop.
 
-    python -m fashion.startup job NOTES FLAGS-OF-JOBS.TRAIN
-    python -m fashion.startup bare NOTES NUM_WORKERS CPUS_PER_WORKER USE_GPU FOLDER
+    python -m fashion.bench.startup job NOTES FLAGS-OF-JOBS.TRAIN
+    python -m fashion.bench.startup bare NOTES NUM_WORKERS CPUS_PER_WORKER USE_GPU FOLDER
 
 Both append lines "moment seconds since 1970" to the file NOTES, on this machine. The job is the command itself, of
 which three functions are watched.

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fashion import cluster, data, fit, loop, worker
+from fashion.bench.measurement import Measurement, Rates, alternate, inverse, step_flops
+from fashion.bench.timing import in_workers, one_batch, run_group, time_loop, time_steps, together
 from fashion.config import IMAGE_SIZE, ScaleConfig, TrainConfig
-from fashion.measurement import Measurement, Rates, alternate, inverse, step_flops
 from fashion.storage import Storage
-from fashion.timing import in_workers, one_batch, run_group, time_loop, time_steps, together
 
 STEPS = 60
 # Sides of the square matrices whose product is timed, the fastest of which is the limit, and operations per side.
@@ -217,19 +217,22 @@ def scaling(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurem
     """Row f: images/s of two workers under DDP against twice that of one, each with the same pre-made batch; and how
     long a tiny model's epoch (one step and one report) takes 2, 4 and 8 workers, against one.
 
-    The two workers are the same processes in both cases: one waits while the other trains alone.
+    The two workers are the same processes in both cases: one waits while the other trains alone. Aimed at is the
+    efficiency with a worker's batch kept: what one worker would take alone, whatever the number of workers. The job
+    keeps the global batch and halves a worker's; gradients stay as many, so they weigh twice as much beside the step.
     """
-    rates, _ = in_workers(
-        time_one_and_two,
-        storage,
-        TrainConfig(epochs=1),
-        replace(scale, num_workers="2"),
-        {"repeats": repeats, "steps": STEPS},
-    )
-    threads = scale.threads_per_worker
-    measured = [
-        Measurement("f_efficiency_1_to_2", "images/s", rates["two"], [2 * r for r in rates["one"]], 0.96, 2 * threads)
-    ]
+    alone = TrainConfig(epochs=1).global_batch_size
+    measured = []
+    for name, each, target in (("f_efficiency_1_to_2", alone, 0.96), ("f_efficiency_half_batch", alone // 2, 0.0)):
+        rates, _ = in_workers(
+            time_one_and_two,
+            storage,
+            TrainConfig(epochs=1, global_batch_size=2 * each),
+            replace(scale, num_workers="2"),
+            {"repeats": repeats, "steps": STEPS // 2},
+        )
+        ones = [2 * rate for rate in rates["one"]]
+        measured.append(Measurement(name, "images/s", rates["two"], ones, target, 2 * scale.threads_per_worker))
     share = min(1.0, ray.cluster_resources()["CPU"] / max(WIDTHS))
     times = {width: time_control(width, share, repeats) for width in (1, *WIDTHS)}
     return measured + [

@@ -13,9 +13,9 @@ import ray.tune
 from pyarrow import fs as pafs
 
 from fashion import cluster, data, report, search, trial, worker
+from fashion.bench.measurement import Measurement, inverse
 from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.ledger import name_of
-from fashion.measurement import Measurement, inverse
 from fashion.space import SearchConfig, SearchScale
 from fashion.storage import Storage, open_storage
 

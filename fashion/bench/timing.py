@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fashion import cluster, data, fit, loop, trainer
+from fashion.bench.measurement import Rates
 from fashion.config import ScaleConfig, TrainConfig
-from fashion.measurement import Rates
 from fashion.storage import Storage
 from fashion.torch_trainer import Trainer
 
