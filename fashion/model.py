@@ -4,6 +4,8 @@ Raw images in, logits out: normalisation is the first step, its constants are sa
 is complete by itself.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,25 +94,52 @@ class FashionCNN(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = self._convolve("conv1", x)  # (B, 32, 28, 28)
         x = self.dropout_conv(self._convolve("conv2", x))
-        x = self._convolve("conv3b", self._convolve("conv3", x))  # (B, 64, 28, 28)
-        x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 64, 14, 14)
+        x = self.dropout_conv(self._convolve_and_pool("conv3", "conv3b", x))  # (B, 64, 14, 14)
         x = self._convolve("conv4", x)  # (B, 128, 14, 14)
         x = self._convolve("conv5", x)
-        x = self._convolve("conv6b", self._convolve("conv6", x))  # (B, 256, 14, 14)
-        x = self.dropout_conv(F.max_pool2d(x, 2))  # (B, 256, 7, 7)
-        x = x.flatten(1)  # (B, 12544)
+        x = self.dropout_conv(self._convolve_and_pool("conv6", "conv6b", x))  # (B, 256, 7, 7)
+        x = Flatten.apply(x) if x.requires_grad else x.flatten(1)  # (B, 12544)
         x = self.dropout_fc(F.relu(self.fc1(x)))
         x = self.dropout_fc(F.relu(self.fc2(x)))
         logits: Tensor = self.fc3(x)
         return logits
 
     def _convolve(self, name: str, x: Tensor) -> Tensor:
-        """Apply the convolution `name`, its normalisation if any, and ReLU; skip what the variant does not have."""
-        layer = getattr(self, name)
-        if layer is None:
-            return x
-        x = layer(x)
-        return F.relu(self.norms[name](x) if name in self.norms else x)
+        """Apply the convolution `name`, its normalisation if any, and ReLU."""
+        return F.relu(self._linear_part(name, x))
+
+    def _linear_part(self, name: str, x: Tensor) -> Tensor:
+        x = getattr(self, name)(x)
+        normalised: Tensor = self.norms[name](x) if name in self.norms else x
+        return normalised
+
+    def _convolve_and_pool(self, name: str, deeper: str, x: Tensor) -> Tensor:
+        """End a block: the convolution `name`, in deeper variants another one, and 2 x 2 max-pooling.
+
+        The last ReLU comes after the pooling, on a quarter of the elements: the largest of the ReLUs is the ReLU of
+        the largest, and so are the gradients.
+        """
+        if getattr(self, deeper) is not None:
+            x, name = self._convolve(name, x), deeper
+        return F.relu(F.max_pool2d(self._linear_part(name, x), 2))
+
+
+class Flatten(torch.autograd.Function):
+    """`x.flatten(1)` whose gradient is in channels-last order, as the activations are.
+
+    Handed another order, the backward pass of max-pooling would copy its indices and its whole result, and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C * H * W)."""
+        ctx.shape = x.shape
+        return x.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Map the gradient back."""
+        return gradients[0].view(ctx.shape).contiguous(memory_format=torch.channels_last)
 
 
 def initialise(model: FashionCNN, init: str) -> None:

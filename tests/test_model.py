@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fashion.config import TrainConfig
 from fashion.fit import build_model
-from fashion.model import NUM_PARAMETERS, FashionCNN, PartialConv2d, count_parameters
+from fashion.model import NUM_PARAMETERS, FashionCNN, PartialConv2d, count_parameters, place
 
 PUBLISHED_LAYERS = {
     "conv1": 320,
@@ -122,3 +122,35 @@ def test_paddings_differ_only_near_the_border() -> None:
     difference = (zeros.conv1(x) - reflect.conv1(x)).abs().amax((0, 1))
     assert difference[1:-1, 1:-1].max() < 1e-5
     assert difference[0].max() > 1e-3
+
+
+def plainly(model: FashionCNN, images: torch.Tensor) -> torch.Tensor:
+    """The published network as it is read: ReLU after each convolution, then pooling, then a flattening."""
+    x = (images.float() / 255.0 - model.pixel_mean) / model.pixel_std
+    for block in ((model.conv1, model.conv2, model.conv3), (model.conv4, model.conv5, model.conv6)):
+        for layer in block:
+            x = F.relu(layer(x))
+        x = F.max_pool2d(x, 2)
+    x = F.relu(model.fc2(F.relu(model.fc1(x.flatten(1)))))
+    logits: torch.Tensor = model.fc3(x)
+    return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_quick_forward_and_its_gradients_are_those_of_the_plain_one(precision: str) -> None:
+    torch.manual_seed(0)
+    model = place(FashionCNN(pixel_mean=0.3, pixel_std=0.35), torch.device("cpu"))
+    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
+    found = []
+    for forward in (model, lambda images: plainly(model, images)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            logits = forward(images)
+        F.cross_entropy(logits.float(), torch.arange(6)).backward()
+        found.append((logits, *(parameter.grad for parameter in model.parameters())))
+    # Not bit for bit: convolutions may add in another order where their input lies in another order.
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    for quick, plain in zip(*found, strict=True):
+        assert quick is not None
+        assert plain is not None
+        assert (quick - plain).abs().max() <= tolerance * plain.abs().max()
