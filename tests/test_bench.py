@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fashion import data, synthetic
+from fashion import data, summary, synthetic
 from fashion.bench import peer_ddp, peer_keras, peers, startup
 from fashion.bench.measurement import Measurement, alternate, inverse, step_flops
 from fashion.config import ScaleConfig, UserError
@@ -47,6 +47,39 @@ def test_a_ratio_is_the_median_of_the_repeats_own() -> None:
 
 def test_a_reference_that_could_not_be_had_is_no_success() -> None:
     assert not Measurement("x", "1/h", [1.0], [math.nan], 0.0, 1).columns()["met"]
+
+
+def test_a_row_that_aims_at_nothing_is_not_called_met(capsys: pytest.CaptureFixture[str]) -> None:
+    aims = Measurement("aims", "1/h", [2.0], [1.0], 1.5, 1)
+    does_not = Measurement("does_not", "1/h", [2.0], [1.0], 0.0, 1)
+    summary.print_bench([aims.columns(), does_not.columns()])
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert "yes" in lines["aims"]
+    assert "yes" not in lines["does_not"]
+    assert "no" not in lines["does_not"].split()
+
+
+class Learner:
+    """Stands where Keras' model stands; each fit takes a tenth of a second and gains a tenth."""
+
+    accuracy = 0.5
+
+    def fit(self, *rows: object, **options: object) -> None:
+        time.sleep(0.1)
+        self.accuracy += 0.1
+
+    def evaluate(self, *rows: object, **options: object) -> tuple[float, float]:
+        return 0.0, self.accuracy
+
+
+@pytest.mark.parametrize(("accuracy", "seconds", "epochs"), [(0.75, 60.0, 3), (9.9, 0.25, 3), (0.55, 60.0, 1)])
+def test_keras_trains_until_the_accuracy_or_until_time_is_over(
+    accuracy: float, seconds: float, epochs: int, lenient: Path, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.prepare(storage, str(lenient), val_rows=300)
+    capsys.readouterr()
+    peer_keras.train_until(Learner(), storage, 8, accuracy, seconds)
+    assert len(capsys.readouterr().out.splitlines()) == epochs
 
 
 def test_the_network_under_torchrun_is_the_published_one() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fashion import loop
 from fashion.config import TrainConfig
-from fashion.optimizer import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, build_optimizer, orthogonalised
+from fashion.optimizer import BLOCK_ROWS, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, build_optimizer, orthogonalised
 
 CPU = torch.device("cpu")
 
@@ -296,3 +296,15 @@ def test_precision_is_resolved_from_the_hardware(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert loop.resolve_precision("auto", CPU) == "fp32"
     assert loop.resolve_precision("bf16", CPU) == "bf16"
+
+
+def test_muon_moves_blocks_of_filters_each_by_itself() -> None:
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(2 * BLOCK_ROWS, 4, 3, 3))
+    halves = [torch.nn.Parameter(part.clone()) for part in whole.detach().split(BLOCK_ROWS)]
+    gradient = torch.randn_like(whole)
+    for weights, gradients in (([whole], [gradient]), (halves, gradient.split(BLOCK_ROWS))):
+        for weight, grad in zip(weights, gradients, strict=True):
+            weight.grad = grad.clone()
+        Muon([{"params": weights, "muon": True}], lr=1.5e-3, weight_decay=0.0).step()
+    assert torch.equal(whole, torch.cat(halves))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fashion.config import TrainConfig
 from fashion.fit import build_model
-from fashion.model import NUM_PARAMETERS, FashionCNN, PartialConv2d, count_parameters, place
+from fashion.model import NUM_PARAMETERS, FashionCNN, Flatten, PartialConv2d, count_parameters, place
 
 PUBLISHED_LAYERS = {
     "conv1": 320,
@@ -154,3 +154,23 @@ def test_the_quick_forward_and_its_gradients_are_those_of_the_plain_one(precisio
         assert quick is not None
         assert plain is not None
         assert (quick - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+def test_the_flattening_hands_back_a_gradient_in_channels_last_order() -> None:
+    """The values are the plain one's; the order is what spares max-pooling its copies."""
+    x = torch.randn(3, 8, 7, 7).contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(3, 8 * 7 * 7)
+    gradients = []
+    for flatten in (Flatten.apply, lambda tensor: tensor.flatten(1)):
+        seen: list[torch.Tensor] = []
+        image = x.clone().requires_grad_()
+        between = image * 1.0
+        between.register_hook(seen.append)
+        flat = flatten(between)
+        assert torch.equal(flat, x.flatten(1))
+        (flat * weights).sum().backward()
+        gradients += seen
+    quick, plain = gradients
+    assert torch.equal(quick, plain)
+    assert quick.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.is_contiguous(memory_format=torch.channels_last)
