@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from fashion import cli, config
-from fashion.config import ScaleConfig, TrainConfig, UserError
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
 
 PROG = "python -m jobs.train"
 
@@ -27,6 +27,7 @@ class Flags:
     """Address of an MLflow tracking server that is told each epoch as well, as in http://127.0.0.1:5000."""
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         if self.run_id:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             run_id,
             flags.train,
             flags.scale,
+            faults=flags.faults,
             source=flags.source,
             resume=flags.resume,
             mlflow=flags.mlflow,

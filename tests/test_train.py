@@ -73,8 +73,12 @@ def train(storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig
 
 def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a run's chosen checkpoint."""
-    folder = Path(storage.path(row["checkpoint"]))
-    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
+    return weights_at(storage, row["checkpoint"])
+
+
+def weights_at(storage: Storage, folder: str) -> dict[str, Tensor]:
+    """Return the weights of the checkpoint in `folder`."""
+    return checkpoint.load_weights(storage.read_bytes(folder, checkpoint.WEIGHTS))
 
 
 def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
@@ -204,8 +208,7 @@ def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None
 def fit_last(storage: Storage, run_id: str, config: TrainConfig, num_workers: int) -> dict[str, Tensor]:
     """Train; return the weights after the last step, which need not be the chosen ones."""
     fit(storage, run_id, config, num_workers)
-    folder = Path(storage.path("runs", run_id, f"epoch-{config.epochs:04d}"))
-    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
+    return weights_at(storage, f"runs/{run_id}/epoch-{config.epochs:04d}")
 
 
 def fit_first(config: TrainConfig) -> dict[str, Tensor]:
