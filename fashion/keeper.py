@@ -60,7 +60,7 @@ class Keeper:
             try:
                 return self._storage.read_bytes(*self._folder, name, file)
             except FileNotFoundError as error:
-                raise DamagedCheckpoint(f"checkpoint {name} lacks {file}") from error
+                raise DamagedCheckpoint(f"checkpoint file {file} is missing") from error
 
         return read_file
 
@@ -80,7 +80,7 @@ class Keeper:
         for name, wrong in self.newest_first():
             if not wrong:
                 return name, notes
-            notes.append(f"checkpoint {name} is damaged ({wrong}); the one before it is used")
+            notes.append(f"checkpoint {name} is damaged: {wrong}")
         return None, notes
 
     def remove(self, name: str) -> None:

@@ -16,6 +16,7 @@ import ray.train
 from pyarrow import fs as pafs
 
 from fashion import cluster, data, evaluation, report
+from fashion.claim import Claim
 from fashion.cluster import Plan
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
 from fashion.keeper import name_of
@@ -89,41 +90,54 @@ def train(
     scale.check_batch(config.global_batch_size)
     if mlflow:
         check_mlflow(mlflow)
-    earlier: dict[str, Any] = {}
-    if resume:
-        report.check_same_config(storage, run_id, config)
-        earlier = report.load_run(storage, run_id)
-        if earlier["status"] == "completed":
-            return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
-        report.warn_of_other_code(run_id, earlier)
-    else:
-        report.check_new_run(storage, run_id)
+    earlier = earlier_life(storage, run_id, config, resume)
+    if earlier.get("status") == "completed":
+        return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
     data.check_source(storage, manifest, source)
     data.check_same_data(storage, manifest, earlier)
     storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
-    cluster.connect()
-    plan = cluster.make_plan(config, scale, manifest)
-    announce(plan)
-    for split in data.SPLITS:
-        data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
-    identity = {"kind": kind, "search_id": search_id or None}
-    # Before the row: a server that refuses leaves none that would say "running" for ever.
-    tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
-    started = begin_row(storage, run_id, config, manifest, identity | earlier)
+    with Claim(storage, report.RUNS_FOLDER, run_id, "--run-id"):
+        earlier = earlier_life(storage, run_id, config, resume)  # somebody may have had it until now
+        if resume:
+            report.warn_of_other_code(run_id, earlier)
+        cluster.connect()
+        plan = cluster.make_plan(config, scale, manifest)
+        announce(plan)
+        for split in data.SPLITS:
+            data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
+        # Before the row: a server that refuses leaves none that would say "running" for ever.
+        tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
+        identity = {"kind": kind, "search_id": search_id or None}
+        return carry_out(Job(storage, run_id, config, plan, manifest, tracked, faults), identity | earlier)
+
+
+def earlier_life(storage: Storage, run_id: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """Return the row of the run that is to go on, or nothing for a new one; raises `UserError` if it may not."""
+    if not resume:
+        report.check_new_run(storage, run_id)
+        return {}
+    report.check_same_config(storage, run_id, config)
+    return report.load_run(storage, run_id)
+
+
+def carry_out(job: Job, earlier: dict[str, Any]) -> Finished:
+    """Run `job` to its end and write its row; `earlier` has the columns that an earlier life and the caller know."""
+    storage, run_id = job.storage, job.run_id
+    started = begin_row(storage, run_id, job.config, job.manifest, earlier)
     clock = time.perf_counter()
     try:
-        row = started | run_or_explain(Job(storage, run_id, config, plan, manifest, tracked, faults))
+        row = started | run_or_explain(job)
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
         failed = started | {"status": "failed", "error": brief(error)}
         report.write_table(storage, "runs", run_id, [failed])
-        for each in tracked:
+        for each in job.tracked:
             each.end(failed)
         raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
-    for each in tracked:
+    for each in job.tracked:
         each.end(row)
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")

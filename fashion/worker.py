@@ -88,6 +88,7 @@ def train(
 
     for metrics in run.epochs(on_step, wants_pause, save):
         save()
+        keeper.wait()  # what is reported stays done, whatever comes
         ray.train.report(run.facts() | metrics | {"notes": notes})
         notes = []
 
@@ -182,7 +183,7 @@ def restore_newest(run: fit.Run, keeper: Keeper) -> tuple[int | None, list[str]]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, device=run.rank.device)
     if chosen[0] is None:
-        return None, notes
+        return None, [*notes, "no checkpoint is whole: the run starts anew"] if notes else []
     run.restore(keeper.reader(chosen[0]))
     return run.epochs_done, [*notes, f"goes on from checkpoint {chosen[0]}"]
 

@@ -35,7 +35,7 @@ LAYERS: dict[str, list[str]] = {
         "jobs.bench",
         "jobs.report",
     ],
-    "pyarrow": ["storage", "data", "report", "ledger", "plots", "bench.peer_keras"],
+    "pyarrow": ["claim", "storage", "data", "report", "ledger", "plots", "bench.peer_keras"],
     "torch": [
         "dropout",
         "model",
