@@ -32,7 +32,7 @@ EVERY_S = 2.0
 # Everything that draws at random is on; 25 steps an epoch, looked at after each ten.
 RECIPE = (
     "--preset=smoke --epochs=2 --max-train-rows=800 --global-batch-size=32 --dropout-conv=0.05 --dropout-fc=0.1 "
-    f"--flip=random --shift=1 --checkpoint-every-s={EVERY_S}"
+    f"--flip=random --shift=1 --start-or-resume --checkpoint-every-s={EVERY_S}"
 ).split()
 TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
 KILLS = int(os.environ.get("FAULT_KILLS", "3"))
@@ -57,11 +57,10 @@ def prepare_small(storage: Storage, archives: Path) -> None:
 class Driver:
     """`jobs.train` as a process, and all that it starts."""
 
-    def __init__(self, storage: Storage, run_id: str, *flags: str, resume: bool = False) -> None:
+    def __init__(self, storage: Storage, run_id: str, *flags: str) -> None:
         command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", run_id]
-        recipe = ["--resume", f"--checkpoint-every-s={EVERY_S}"] if resume else RECIPE
         self.process = subprocess.Popen(
-            [*command, *recipe, *flags],
+            [*command, *RECIPE, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,6 +79,13 @@ class Driver:
 
     def workers(self) -> list[psutil.Process]:
         return [each for each in self.look() if command_of(each).startswith("ray::RayTrainWorker")]
+
+    def victim(self, kind: str, chance: random.Random) -> psutil.Process | None:
+        """Return a worker, the driver or its node's raylet; None if there is none any more."""
+        if kind == "driver":
+            return self._me if self._me.is_running() else None
+        chosen = self.workers() if kind == "worker" else [each for each in self.look() if is_raylet(each)]
+        return chance.choice(chosen) if chosen else None
 
     def wait(self) -> str:
         """Wait for its end; return what it said."""
@@ -103,6 +109,10 @@ class Driver:
         while left := self.look():
             assert time.monotonic() < deadline, [command_of(each) for each in left]
             time.sleep(0.2)
+
+
+def is_raylet(process: psutil.Process) -> bool:
+    return command_of(process).partition(" ")[0].endswith("raylet/raylet")
 
 
 def command_of(process: psutil.Process) -> str:
@@ -150,41 +160,44 @@ def age_of_newest(storage: Storage, run_id: str) -> float | None:
     return time.time() - Path(storage.path("runs", run_id, name, checkpoint.WEIGHTS)).stat().st_mtime
 
 
-def test_kills_at_random_moments_cost_no_bit(
-    storage: Storage, unbroken: tuple[list[dict[str, Any]], dict[str, Tensor]]
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_kill_at_a_random_moment_costs_no_bit(
+    storage: Storage, unbroken: tuple[list[dict[str, Any]], dict[str, Tensor]], number: int
 ) -> None:
-    """A worker that dies is started anew by the run itself; a driver or a node by the same command and --resume."""
-    for number in range(KILLS):
-        chance = random.Random(f"{SEED}/{number}")
-        kind, delay, run_id = ("worker", "driver", "node")[number % 3], chance.uniform(0, 25), f"broken-{number}"
-        driver = Driver(storage, run_id)
-        workers = driver.wait_for(driver.workers)
-        deadline = time.monotonic() + delay
-        while time.monotonic() < deadline and driver.process.poll() is None and (now := driver.workers()):
-            workers = now
-            time.sleep(0.05)
-        lost = age_of_newest(storage, run_id)
-        if kind == "worker":
-            victim = chance.choice(workers)
-        elif kind == "driver":
-            victim = psutil.Process(driver.process.pid)
-        else:
-            victim = next(each for each in driver.look() if "raylet/raylet" in command_of(each))
+    """A worker that dies is started anew by the run itself; a driver or a node by the same command."""
+    chance, run_id = random.Random(f"{SEED}/{number}"), f"broken-{number}"
+    driver = Driver(storage, run_id)
+    driver.wait_for(driver.workers)
+    kind, moment = ("worker", "driver", "node")[number % 3], chance.uniform(-0.2, 1.0)
+    if moment > 0:  # else they are killed while they start
+        driver.wait_for(lambda: Path(storage.path("runs", run_id)).exists())
+        driver.wait_for(lambda: age_of_newest(storage, run_id) is not None)
+    time.sleep(abs(moment) * seconds_of_training(storage))
+    lost = age_of_newest(storage, run_id)
+    victim = driver.victim(kind, chance)
+    was_over = driver.process.poll() is not None or victim is None
+    if victim is not None:
         victim.kill()
-        said = driver.wait()
-        driver.assert_nothing_left()
-        code = driver.process.returncode
-        lives = 1
-        while code != 0:
-            assert kind != "worker" or lives > 1 or delay > 20, said
-            again = Driver(storage, run_id, resume=True)
-            said = again.wait()
-            again.assert_nothing_left()
-            code, lives = again.process.returncode, lives + 1
-            assert lives <= 3, said
-        told = [line for line in said.splitlines() if "goes on from" in line]
-        print(f"{number} {kind} after {delay:.1f} s, newest checkpoint {lost} s old, {told}", flush=True)
-        assert_unharmed(storage, run_id, unbroken)
+    said = driver.wait()
+    driver.assert_nothing_left()
+    if kind == "worker" or was_over:
+        assert driver.process.returncode == 0, said
+    else:
+        assert driver.process.returncode != 0, said
+        again = Driver(storage, run_id)
+        said = again.wait()
+        assert again.process.returncode == 0, said
+        again.assert_nothing_left()
+    told = [line for line in said.splitlines() if "goes on from" in line]
+    age = "none" if lost is None else f"{lost:.1f} s old"
+    print(f"{number} {kind} at {moment:.2f} of the training, newest checkpoint {age}, {told}", flush=True)
+    assert_unharmed(storage, run_id, unbroken)
+
+
+def seconds_of_training(storage: Storage) -> float:
+    """Return how long the epochs of the unbroken run took."""
+    rows = report.read_table(storage, "epochs", "unbroken")
+    return float(sum(row["epoch_time_s"] for row in rows))
 
 
 def test_a_worker_that_stops_is_noticed_and_replaced(
@@ -230,7 +243,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     assert report.load_run(filling_disk, "full")["status"] == "failed"
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=600m", filling_disk.uri], check=True)
-    again = Driver(filling_disk, "full", resume=True)
+    again = Driver(filling_disk, "full")
     said = again.wait()
     assert again.process.returncode == 0, said
     again.assert_nothing_left()
@@ -240,7 +253,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
 def test_a_second_driver_of_the_same_run_is_refused(storage: Storage) -> None:
     first = Driver(storage, "twice")
     first.wait_for(first.workers)
-    second = Driver(storage, "twice", resume=True)
+    second = Driver(storage, "twice")
     said = second.wait()
     assert second.process.returncode == 2, said
     assert f"error: --run-id twice is in use by process {first.process.pid} of" in said
