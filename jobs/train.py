@@ -65,6 +65,7 @@ def starting_point(argv: Sequence[str]) -> Flags:
         return Flags(train=config.preset(early["--preset"] or "default"))
     if not early["--run-id"]:
         raise UserError("--resume needs --run-id with the name of the run to continue")
+    config.check_run_id(early["--run-id"])
     from fashion import report
     from fashion.storage import open_storage
 

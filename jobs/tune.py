@@ -94,6 +94,7 @@ def starting_point(argv: Sequence[str]) -> Flags:
         return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows)
     if not early["--search-id"]:
         raise UserError("--resume needs --search-id with the name of the search to continue")
+    config.check_run_id(early["--search-id"], name="--search-id")
     from fashion import ledger
     from fashion.storage import open_storage
 

@@ -53,7 +53,7 @@ MISTAKES = {
     "factor": ({"reduction_factor": 1}, "--reduction-factor 1 must lie between 2 and"),
     "twice": ({"padding": ("zeros", "zeros")}, "--padding names zeros zeros: each one once"),
     "unknown": ({"first": ('{"epochs": 3}',)}, "sets epochs; this search draws dropout_conv, dropout_fc, lr"),
-    "no json": ({"first": ("lr=1",)}, "--first lr=1 is not JSON"),
+    "no json": ({"first": ("lr=1",)}, "--first lr=1 must be a JSON object such as"),
     "no object": ({"first": ("[1]",)}, "--first [1] must be a JSON object"),
 }
 
