@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from fashion.config import parse_object, require
+from fashion.config import parse_object, printable, require
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -159,7 +159,7 @@ def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
 
 def damaged(name: str, reason: object) -> DamagedCheckpoint:
     """Return the error for a file whose content is not what it should be."""
-    return DamagedCheckpoint(f"checkpoint file {name} cannot be used ({' '.join(str(reason).split())[:200]})")
+    return DamagedCheckpoint(f"checkpoint file {name} cannot be used ({printable(' '.join(str(reason).split())[:200])})")
 
 
 def restore(read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import reprlib
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -48,9 +48,14 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         """Keep `message` one line that a terminal can show, whatever is in the values that it quotes."""
-        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+        line = printable(message)
         half = LONGEST_MESSAGE // 2
         super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
+
+
+def printable(text: str) -> str:
+    """Return `text` as one line that a terminal can show: every other sign as its escape sequence."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require(condition: bool, message: str) -> None:
@@ -81,10 +86,10 @@ def build(kind: type[T], values: Any) -> T:
     require(not unknown, f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
     lacking = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     require(not lacking, f"setting {', '.join(lacking)} is missing")
-    kinds = get_type_hints(kind)
     for name, value in values.items():
-        kind_told = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name]).replace("typing.", "")
-        require(fits(value, kinds[name]), f"{flag(name)} {reprlib.repr(value)} must be of type {kind_told}")
+        wanted: Any = fields[name].type
+        told = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+        require(fits(value, wanted), f"{flag(name)} {reprlib.repr(value)} must be of type {told}")
     return kind(**values)
 
 

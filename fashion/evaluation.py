@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fashion import checkpoint, data, fit, loop, report
 from fashion.cluster import Plan
-from fashion.config import NUM_CLASSES, TrainConfig, UserError, require
+from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, require
 from fashion.model import FashionCNN, place
 from fashion.storage import Storage, open_storage
 
@@ -66,7 +66,7 @@ def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
         raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
     own, _, name = folder.rpartition("/")
     require(
-        own == f"{report.RUNS_FOLDER}/{run_id}" and name.startswith("epoch-"),
+        own == f"{report.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
         f"--run-id {run_id} names the checkpoint {folder!r}, which is none of its own; train it again",
     )
     try:
