@@ -159,7 +159,9 @@ def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
 
 def damaged(name: str, reason: object) -> DamagedCheckpoint:
     """Return the error for a file whose content is not what it should be."""
-    return DamagedCheckpoint(f"checkpoint file {name} cannot be used ({printable(' '.join(str(reason).split())[:200])})")
+    return DamagedCheckpoint(
+        f"checkpoint file {name} cannot be used ({printable(' '.join(str(reason).split())[:200])})"
+    )
 
 
 def restore(read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

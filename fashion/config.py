@@ -88,8 +88,9 @@ def build(kind: type[T], values: Any) -> T:
     require(not lacking, f"setting {', '.join(lacking)} is missing")
     for name, value in values.items():
         wanted: Any = fields[name].type
-        told = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
-        require(fits(value, wanted), f"{flag(name)} {reprlib.repr(value)} must be of type {told}")
+        if not fits(value, wanted):
+            told = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+            raise UserError(f"{flag(name)} {reprlib.repr(value)} must be of type {told}")
     return kind(**values)
 
 

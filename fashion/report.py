@@ -231,8 +231,11 @@ def in_schema(table: str, rows: pa.Table) -> pa.Table:
         found = [rows.column(k) for k, name in enumerate(rows.column_names) if name == field.name]
         if len(found) > 1:
             raise ValueError(f"it has the column {field.name} twice")
+        if not found:
+            columns.append(pa.nulls(len(rows), field.type))
+            continue
         try:
-            columns.append(found[0].cast(field.type) if found else pa.nulls(len(rows), field.type))
+            columns.append(found[0] if found[0].type == field.type else found[0].cast(field.type))
         except pa.ArrowException as error:
             raise ValueError(f"column {field.name} is of type {found[0].type}") from error
     return pa.Table.from_arrays(columns, schema=SCHEMAS[table])

@@ -65,6 +65,30 @@ def test_damage_is_noticed_before_anything_is_believed(saved: tuple[Path, Any, A
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("case", ["weights", "a moment's shape", "a moment's name", "groups", "progress", "nested"])
+def test_what_the_run_cannot_use_is_refused_though_its_sums_fit(saved: tuple[Path, Any, Any], case: str) -> None:
+    _, model, optimizer = saved
+    state = optimizer.state_dict()
+    if case == "a moment's shape":
+        state["state"][0]["exp_avg"] = torch.zeros(1)
+    elif case == "a moment's name":
+        state["state"][0] = {"momentum": torch.zeros(8, 4)}
+    elif case == "groups":
+        state["param_groups"] = []
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    weights = nn.Linear(4, 9) if case == "weights" else model
+    files = checkpoint.encode(weights, optimizer, {}) | {checkpoint.OPTIMIZER: buffer.getvalue()}
+    files |= {checkpoint.PROGRESS: {"progress": b"[]", "nested": b"[" * 100_000}.get(case, b"{}")}
+    files[checkpoint.MANIFEST] = checkpoint.manifest_of({name: files[name] for name in checkpoint.FILES}).encode()
+    other, other_optimizer = make(1)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(DamagedCheckpoint, match="cannot be used"):
+        checkpoint.restore(files.__getitem__, other, other_optimizer)
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    assert not other_optimizer.state_dict()["state"]
+
+
 class Trap:
     """Leaves a mark when it is unpickled."""
 
