@@ -6,6 +6,8 @@ Nothing here unpickles what it is handed, and nothing is believed before its sum
 import hashlib
 import io
 import json
+import pickletools
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +16,19 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from fashion.config import parse_object, printable, require
+
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
+GLOBALS = {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
+"""What an optimizer's state names. torch would call more, such as `bytearray`: twenty bytes that take any memory."""
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A checkpoint folder whose files are missing or differ from their sums."""
+    """A checkpoint folder whose files are missing, differ from their sums, or hold what this run cannot use."""
 
 
 class OtherVersion(RuntimeError):
@@ -50,8 +56,8 @@ def manifest_of(files: dict[str, bytes]) -> str:
 def verified(name: str, manifest: bytes, data: bytes) -> bytes:
     """Return `data` if its sum is the one that `manifest` gives for the file `name`; else raise `DamagedCheckpoint`."""
     try:
-        expected: Any = json.loads(manifest)[name]
-    except (ValueError, KeyError, TypeError) as error:
+        expected: Any = parse_object(manifest)[name]
+    except (ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"checkpoint manifest does not name {name}") from error
     if hashlib.sha256(data).hexdigest() != expected:
         raise DamagedCheckpoint(f"checkpoint file {name} differs from its sum")
@@ -59,8 +65,91 @@ def verified(name: str, manifest: bytes, data: bytes) -> bytes:
 
 
 def load_weights(data: bytes) -> dict[str, Tensor]:
-    """Parse safetensors bytes into a state dict on the CPU."""
-    return load_safetensors(data)
+    """Parse safetensors bytes into a state dict on the CPU. Raises `DamagedCheckpoint`."""
+    try:
+        return load_safetensors(data)
+    except Exception as error:  # its own kind, and whatever torch says of types and shapes
+        raise damaged(WEIGHTS, error) from error
+
+
+def fitting_weights(data: bytes, model: nn.Module) -> dict[str, Tensor]:
+    """Parse weights as `model` takes them; raises `DamagedCheckpoint` if names, shapes or types are not its own."""
+    weights, own = load_weights(data), model.state_dict()
+    found, expected = ({name: (each.shape, each.dtype) for name, each in side.items()} for side in (weights, own))
+    if found != expected:
+        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise damaged(WEIGHTS, f"{wrong[0]} is {found.get(wrong[0])}, the network has {expected.get(wrong[0])}")
+    return weights
+
+
+def load_state(data: bytes) -> Any:
+    """Parse what `torch.save` made of an optimizer's state. Raises `DamagedCheckpoint`; nothing in `data` is called.
+
+    What is compressed, or names more than `GLOBALS`, is refused before torch reads it: memory stays near the file's.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            files = archive.infolist()
+            require(sum(file.file_size for file in files) <= len(data), "it is compressed")
+            require({file.compress_type for file in files} == {zipfile.ZIP_STORED}, "it is compressed")
+            [program] = [file for file in files if file.filename.endswith("data.pkl")]
+            for operation, argument, _ in pickletools.genops(archive.read(program)):
+                called = "GLOBAL" in operation.name or operation.name == "INST"
+                require(not called or argument in GLOBALS, f"it names {argument}")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader of zip files, of pickles, or torch stumbles over
+        raise damaged(OPTIMIZER, error) from error
+
+
+def fitting_state(data: bytes, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Parse a state that `optimizer` can step on; raises `DamagedCheckpoint` if it holds anything else.
+
+    The settings of its groups stay: they follow from the run's, and the learning rate is set before every step.
+    """
+    stored, own = load_state(data), optimizer.state_dict()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    kept = [
+        names for group, names in zip(own["param_groups"], kept_names(optimizer), strict=True) for _ in group["params"]
+    ]
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        groups, own_groups = ([each["params"] for each in side["param_groups"]] for side in (stored, own))
+        require(groups == own_groups, "its groups are another optimizer's")
+        for index, values in stored["state"].items():
+            require(type(index) is int and 0 <= index < len(parameters), "it knows more parameters")
+            require(set(values) == set(kept[index]), "it is another optimizer's")
+            state[index] = {}
+            for name, value in values.items():
+                like = parameters[index].detach() if kept[index][name] else torch.zeros(())
+                require((value.shape, value.dtype) == (like.shape, torch.float32), "it has other shapes")
+                # A copy: what is loaded may be one number that claims to be a whole tensor.
+                state[index][name] = torch.empty_like(like, device="cpu").copy_(value.detach())
+    except Exception as error:  # any value may be of any type
+        raise damaged(OPTIMIZER, error) from error
+    return own | {"state": state}
+
+
+def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
+    """Return what `optimizer` keeps for a parameter of each group: name -> whether it has the parameter's shape.
+
+    Seen from an optimizer of the same kind that moves parameters of a single number.
+    """
+    groups = [group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} for group in optimizer.param_groups]
+    for group in groups:
+        group["params"][0].grad = torch.zeros_like(group["params"][0])
+    probe = type(optimizer)(groups)  # type: ignore[call-arg]  # all kinds have defaults for what groups bring
+    probe.step()
+    return [
+        {name: value.ndim > 0 for name, value in probe.state[group["params"][0]].items()}
+        for group in probe.param_groups
+    ]
+
+
+def damaged(name: str, reason: object) -> DamagedCheckpoint:
+    """Return the error for a file whose content is not what it should be."""
+    return DamagedCheckpoint(
+        f"checkpoint file {name} cannot be used ({printable(' '.join(str(reason).split())[:200])})"
+    )
 
 
 def check(read_file: Callable[[str], bytes]) -> None:
@@ -71,18 +160,24 @@ def check(read_file: Callable[[str], bytes]) -> None:
 
 
 def restore(
-    read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer, form: int
+    read_file: Callable[[str], bytes],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    look_at: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Restore `model` and `optimizer` from verified files and return the progress, whose `format` must be `form`.
+    """Restore `model` and `optimizer` from verified files and return the progress.
 
-    `read_file(name)` gives a file's content. Raises `DamagedCheckpoint` or `OtherVersion`; nothing is changed then.
+    `read_file(name)` gives a file's content; `look_at(progress)` raises if the run cannot go on from there. Raises
+    `DamagedCheckpoint`; nothing is changed then.
     """
     manifest = read_file(MANIFEST)
-    weights, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
-    progress: dict[str, Any] = json.loads(progress_file)
-    if progress.get("format") != form:
-        raise OtherVersion(f"the checkpoint has form {progress.get('format')} and this code reads {form}")
-    state = torch.load(io.BytesIO(optimizer_file), map_location="cpu", weights_only=True)
-    model.load_state_dict(load_weights(weights))
+    weights_file, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
+    try:
+        progress = parse_object(progress_file)
+    except ValueError as error:
+        raise damaged(PROGRESS, error) from error
+    look_at(progress)
+    weights, state = fitting_weights(weights_file, model), fitting_state(optimizer_file, optimizer)
+    model.load_state_dict(weights)
     optimizer.load_state_dict(state)
     return progress

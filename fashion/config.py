@@ -5,10 +5,15 @@ Users' mistakes raise `UserError` with the value, the limit and the way out.
 """
 
 import dataclasses
+import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+
+T = TypeVar("T")
 
 # What Ray is started with. It runs training in a thread, and glibc keeps the heaps of threads small: it hands freed
 # activations back to the kernel and faults them in again, 5 % of a step's time, unless all threads share one heap.
@@ -35,14 +40,80 @@ Depth = Literal["vgg", "deep", "deep-bn"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+LONGEST_MESSAGE = 2000
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: one line with the value, the limit and the way out; exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        """Keep `message` one line that a terminal can show, whatever is in the values that it quotes."""
+        line = printable(message)
+        half = LONGEST_MESSAGE // 2
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
+
+
+def printable(text: str) -> str:
+    """Return `text` as one line that a terminal can show: every other sign as its escape sequence."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object; raises `ValueError` if it is none, or nested so deeply that it cannot be read."""
+    try:
+        values: Any = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
+
+
+def build(kind: type[T], values: Any) -> T:
+    """Make the dataclass `kind` of plain values, as JSON gives them.
+
+    Raises `UserError` naming an unknown or a missing field, or one whose value is of another type.
+    """
+    require(isinstance(values, dict), f"settings {reprlib.repr(values)} must be a JSON object")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    lacking = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    require(not lacking, f"setting {', '.join(lacking)} is missing")
+    for name, value in values.items():
+        wanted: Any = fields[name].type
+        if not fits(value, wanted):
+            told = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+            raise UserError(f"{flag(name)} {reprlib.repr(value)} must be of type {told}")
+    return kind(**values)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Tell whether a plain value is of the annotated type `kind`. A whole number does for a float, a bool for none.
+
+    Whole numbers end at 64 bits: JSON knows longer ones, which are no float and fit no column.
+    """
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in kinds
+    if origin is UnionType:
+        return any(fits(value, each) for each in kinds)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, kinds[0]) and fits(v, kinds[1]) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(fits(each, kinds[0]) for each in value)
+    if origin is tuple:
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return kind in (int, float) and abs(value) < 2**63
+    return type(value) is kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +203,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values; an unknown key raises `UserError` naming it."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        require(not unknown, f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        """Build from plain values; raises `UserError` naming what is unknown, or of another type."""
+        return build(cls, values)
 
     def steps_per_epoch(self, num_train_rows: int) -> int:
         """Return full global batches in `num_train_rows`; the remainder sits out, other rows in every epoch."""

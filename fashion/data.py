@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
+import re
 import socket
 import struct
 import tempfile
@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fashion import synthetic
-from fashion.config import IMAGE_SIZE, NUM_CLASSES, UserError, require
-from fashion.storage import Storage
+from fashion.config import IMAGE_SIZE, NUM_CLASSES, UserError, build, parse_object, require
+from fashion.storage import Storage, read_parquet
 
 if TYPE_CHECKING:
     import ray.data
@@ -35,6 +35,9 @@ PIXELS = IMAGE_SIZE * IMAGE_SIZE
 DATA_FOLDER = ("data", "fashion-mnist")
 FORMAT_VERSION = 1
 ROWS_PER_FILE = 10_000
+MAX_ROWS_PER_SPLIT = 100_000
+PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 # SHA-256 of the official archives; the same as in Keras' fashion_mnist loader.
@@ -93,7 +96,9 @@ class Manifest:
 # --- archives -> arrays -------------------------------------------------------------------------------------------
 
 
-def read_idx(path: Path, *, magic: int, shape: tuple[int, ...], max_rows: int = 100_000) -> NDArray[np.uint8]:
+def read_idx(
+    path: Path, *, magic: int, shape: tuple[int, ...], max_rows: int = MAX_ROWS_PER_SPLIT
+) -> NDArray[np.uint8]:
     """Parse one gzip'd IDX file into (N, *shape) uint8.
 
     The header is judged before any row is read, so a lying header costs no memory. Raises `UserError` on a truncated
@@ -372,10 +377,9 @@ def find_manifest(storage: Storage) -> Manifest | None:
     place = storage.show(*DATA_FOLDER, "manifest.json")
     data = storage.read_bytes(*DATA_FOLDER, "manifest.json")
     try:
-        fields: Any = json.loads(data)
-        manifest = Manifest(**fields)
+        manifest = build(Manifest, parse_object(data))
         check_manifest(manifest)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except ValueError as error:
         raise UserError(
             f"{place} is damaged ({error}); remove {storage.show(*DATA_FOLDER)} and prepare again"
         ) from error
@@ -387,8 +391,13 @@ def check_manifest(manifest: Manifest) -> None:
     require(manifest.format_version == FORMAT_VERSION, f"format {manifest.format_version}, expected {FORMAT_VERSION}")
     require(sorted(manifest.rows) == sorted(SPLITS) == sorted(manifest.files), "it does not name train, val and test")
     require(0 < manifest.pixel_std < 1 and 0 < manifest.pixel_mean < 1, "pixel mean or std outside 0..1")
-    for name in (name for files in manifest.files.values() for name in files):
-        require(os.path.basename(name) == name and name.endswith(".parquet"), f"strange file name {name!r}")
+    require(all(1 <= rows <= MAX_ROWS_PER_SPLIT for rows in manifest.rows.values()), f"rows {manifest.rows}")
+    require(PLAIN_NAME.fullmatch(manifest.dataset) is not None, f"strange name {manifest.dataset!r}")
+    require(SHA256.fullmatch(manifest.sha256) is not None, f"strange sum {manifest.sha256!r}")
+    for split, files in manifest.files.items():
+        require(bool(files), f"it names no file of {split}")
+        for name in files:
+            require(PLAIN_NAME.fullmatch(name) is not None and name.endswith(".parquet"), f"strange file name {name!r}")
 
 
 def load_manifest(storage: Storage) -> Manifest:
@@ -407,15 +416,22 @@ def split_paths(storage: Storage, manifest: Manifest, split: str) -> list[str]:
 def load_split(storage: Storage, manifest: Manifest, split: str) -> Split:
     """Read a split into memory in written order, its files' sums verified. Raises `UserError` on a damaged file."""
     tables: list[pa.Table] = []
+    # Preparing looks at the manifest alone, so it has to go as well.
+    way_out = f"remove {storage.show(*DATA_FOLDER)} and prepare again"
     for name, sha256 in manifest.files[split].items():
         place = (*DATA_FOLDER, split, name)
-        # Preparing looks at the manifest alone, so it has to go as well.
-        way_out = f"remove {storage.show(*DATA_FOLDER)} and prepare again"
         require(storage.exists(*place), f"{storage.show(*place)} is missing; {way_out}")
         data = storage.read_bytes(*place)
         require(hashlib.sha256(data).hexdigest() == sha256, f"{storage.show(*place)} is damaged; {way_out}")
-        tables.append(pq.read_table(pa.BufferReader(data)))
-    return from_table(pa.concat_tables(tables))
+        try:
+            tables.append(read_parquet(data))
+            from_table(tables[-1])  # a sum that fits proves nothing about what was summed
+        except ValueError as error:
+            raise UserError(f"{storage.show(*place)} is damaged ({error}); {way_out}") from error
+    rows = from_table(pa.concat_tables(tables))
+    found, promised = len(rows.labels), manifest.rows[split]
+    require(found == promised, f"{storage.show(*DATA_FOLDER, split)} holds {found} rows, not {promised}; {way_out}")
+    return rows
 
 
 def joined(*splits: Split) -> Split:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fashion import checkpoint, data, fit, loop, report
 from fashion.cluster import Plan
-from fashion.config import NUM_CLASSES, TrainConfig, UserError
+from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, require
 from fashion.model import FashionCNN, place
 from fashion.storage import Storage, open_storage
 
@@ -44,12 +44,36 @@ def classify(
 
 
 def load_model(storage: Storage, folder: str, config: TrainConfig, device: torch.device) -> FashionCNN:
-    """Return the network of a checkpoint on `device`, in evaluation mode."""
+    """Return the network of a checkpoint on `device`, in evaluation mode.
+
+    Raises `checkpoint.DamagedCheckpoint`, and `OSError` if a file is not there.
+    """
     manifest = storage.read_bytes(folder, checkpoint.MANIFEST)
     weights = checkpoint.verified(checkpoint.WEIGHTS, manifest, storage.read_bytes(folder, checkpoint.WEIGHTS))
     model = fit.build_model(config, pixel_mean=0.0, pixel_std=1.0)
-    model.load_state_dict(checkpoint.load_weights(weights))
+    model.load_state_dict(checkpoint.fitting_weights(weights, model))
     return place(model, device).eval()
+
+
+def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
+    """Return a run's settings; raises `UserError` unless its `runs` row leads to a checkpoint that can be loaded.
+
+    The row is not ours alone: what its column `checkpoint` names must lie in the run's own folder.
+    """
+    config = report.config_of(storage, run_id, row)
+    folder = row["checkpoint"]
+    if not folder:
+        raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
+    own, _, name = folder.rpartition("/")
+    require(
+        own == f"{report.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
+        f"--run-id {run_id} names the checkpoint {folder!r}, which is none of its own; train it again",
+    )
+    try:
+        load_model(storage, folder, config, torch.device("cpu"))
+    except (checkpoint.DamagedCheckpoint, OSError) as error:
+        raise UserError(f"--run-id {run_id} has no whole checkpoint in {folder} ({error}); train it again") from error
+    return config
 
 
 @torch.inference_mode()
@@ -105,11 +129,9 @@ def shards(num_rows: int, plan: Plan) -> list[tuple[int, int]]:
 def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:
     """Evaluate a run's chosen checkpoint on `split`; write `predictions`, `classes` and `confusion`.
 
-    Each split has files of its own, so two evaluations of one run may go on at once. Raises `UserError` if the run has
-    no checkpoint.
+    Each split has files of its own, so two evaluations of one run may go on at once. The row is one that `check_run`
+    has passed, or fresh from training.
     """
-    if not row["checkpoint"]:
-        raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
     table = predict(storage, row, split, plan)
     labels, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
     matrix = report.confusion_matrix(labels, predicted)

@@ -126,11 +126,34 @@ class Run:
 
         Raises `checkpoint.DamagedCheckpoint`, and `checkpoint.OtherVersion` for files that this code cannot read.
         """
-        progress = checkpoint.restore(read_file, self.model, self.optimizer, PROGRESS_FORMAT)
+        progress = checkpoint.restore(read_file, self.model, self.optimizer, self._look_at)
         self.history = progress["history"]
-        self.positions = [
-            loop.Position(**position | {"states": tuple(position["states"])}) for position in progress["positions"]
-        ]
+        self.positions = loop.positions_from(progress["positions"])
+
+    def _look_at(self, progress: dict[str, Any]) -> None:
+        """Raise unless `progress` is one that `encode` could have written for this run."""
+        if progress.get("format") != PROGRESS_FORMAT:
+            raise checkpoint.OtherVersion(
+                f"the checkpoint has form {progress.get('format')} and this code reads {PROGRESS_FORMAT}"
+            )
+        figures = {"train_loss", "train_accuracy", "train_rows", "lr", "epoch_time_s", "data_wait_s"}
+        figures |= {"val_loss", "val_accuracy", "val_rows", "val_time_s"} if self.rows.num_val_rows else set()
+        history = progress.get("history")
+        whole = isinstance(history, list) and all(
+            isinstance(metrics, dict)
+            and metrics.get("epoch") == epoch
+            and all(type(metrics.get(name)) in (int, float) for name in figures)
+            for epoch, metrics in enumerate(history, start=1)
+        )
+        if not whole:
+            raise checkpoint.damaged(checkpoint.PROGRESS, "its history is not one of this run's epochs 1, 2, 3, ...")
+        try:
+            positions = loop.positions_from(progress["positions"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.damaged(checkpoint.PROGRESS, f"its positions: {error!r}") from error
+        steps = {position.step for position in positions}
+        if positions and not (len(steps) == 1 and 0 < min(steps) <= self.steps):
+            raise checkpoint.damaged(checkpoint.PROGRESS, f"its ranks are at steps {sorted(steps)}")
 
     @staticmethod
     def ignore_step(epoch: int, step: int) -> None:
@@ -166,6 +189,7 @@ class Run:
         if self.positions:
             begin = loop.own_position(self.positions, self.rank.rank, self.rank.world_size)
             self.positions = []
+            self.set_lr((epoch - 1) * self.steps + begin.step - 1)  # which stands if no step is left
         # Dropout draws from the global generator: keyed like the rest, and different on every rank.
         torch.manual_seed(
             loop.stream_seed(config.seed, epoch, self.rank.rank, 2, *([begin.step] if begin.step else []))

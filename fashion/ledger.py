@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from fashion import report
-from fashion.config import TrainConfig, UserError, flag, require
+from fashion.config import TrainConfig, UserError, check_run_id, flag, parse_object, require
 from fashion.metrics import Metrics, checkpoint_score, epoch_rows, from_rows, summarise
 from fashion.space import SearchConfig
 from fashion.storage import Storage
@@ -81,13 +81,18 @@ class Ledger:
         return run_id_of(self._search_id, trial_id)
 
     def _read(self, trial_id: str) -> Trial:
-        row = report.read_table(self._storage, "trials", self._run_id(trial_id))[0]
-        run = report.load_run(self._storage, self._run_id(trial_id))
-        history = from_rows(report.read_table(self._storage, "epochs", self._run_id(trial_id)))
+        run_id = self._run_id(trial_id)
+        run = report.load_run(self._storage, run_id)
+        try:
+            row = report.read_table(self._storage, "trials", run_id)[0]
+            settings = parse_object(row["settings_json"] or "")
+            history = from_rows(report.read_table(self._storage, "epochs", run_id))
+        except (ValueError, IndexError) as error:
+            raise UserError(f"the reports of {run_id} are damaged ({error}); start another search") from error
         facts = {name: run[name] for name in report.FACTS}
         return Trial(
             trial_id,
-            json.loads(row["settings_json"]),
+            settings,
             row["status"],
             row["error"],
             run["started_at"],
@@ -219,21 +224,26 @@ def write_state(
 
 def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
     """Return what `write_state` wrote; raises `UserError` if there is no such search, or its file is damaged."""
+    check_run_id(search_id, name="--search-id")
     place = state_place(search_id)
     require(storage.exists(*place), f"--search-id {search_id} does not exist in {storage.uri}; leave out --resume")
     try:
-        state: dict[str, Any] = json.loads(storage.read_bytes(*place))
+        state = parse_object(storage.read_bytes(*place))
         version = state["state_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{storage.show(*place)} is damaged ({error}); start another search") from error
     require(version == STATE_VERSION, f"{storage.show(*place)} has version {version}, expected {STATE_VERSION}")
     return state
 
 
 def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, TrainConfig]:
-    """Return what a search was started with."""
+    """Return what a search was started with; raises `UserError` as `read_state` does."""
     state = read_state(storage, search_id)
-    return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
+    try:
+        return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
+    except (ValueError, KeyError) as error:
+        place = storage.show(*state_place(search_id))
+        raise UserError(f"{place} is damaged ({error}); start another search") from error
 
 
 def check_new_search(storage: Storage, search_id: str) -> None:

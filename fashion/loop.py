@@ -5,6 +5,7 @@ ranks return the same numbers.
 """
 
 import base64
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,6 +64,25 @@ class Position:
     data_wait_s: float = 0.0
     states: tuple[str, ...] = ()
     """Base64 of what differs between ranks: see `own_states`; none if another rank's would not do."""
+
+
+def positions_from(stored: Any) -> list[Position]:
+    """Return the positions of all ranks from what `dataclasses.asdict` and JSON made of them.
+
+    Raises `TypeError` or `ValueError` for anything else.
+    """
+    found = []
+    for values in stored:
+        position = Position(**values)
+        for field in dataclasses.fields(Position):
+            value, like = getattr(position, field.name), field.default
+            if field.name != "states" and type(value) is not type(like):
+                raise TypeError(f"{field.name} is {value!r}")
+        states = tuple(position.states)
+        for state in states:
+            base64.b64decode(state, validate=True)
+        found.append(dataclasses.replace(position, states=states))
+    return found
 
 
 class SumMeter:

@@ -35,14 +35,20 @@ def epoch_rows(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def from_rows(rows: Sequence[dict[str, Any]]) -> list[Metrics]:
-    """Return the metrics, epoch after epoch, that `epochs` rows were made from."""
+    """Return the metrics, epoch after epoch, that `epochs` rows were made from; raises `ValueError` on other rows."""
     found: dict[int, Metrics] = {}
+    needed = ("epoch", "loss", "accuracy", "rows", "lr", "epoch_time_s", "data_wait_s")
+    for row in rows:
+        if row["split"] not in TIMES or any(row[name] is None for name in needed) or not row["epoch_time_s"] > 0:
+            raise ValueError(f"the row of epoch {row['epoch']} and split {row['split']!r} lacks figures")
     for row in sorted(rows, key=lambda row: (row["epoch"], row["split"])):
         split = row["split"]
         spent, waited = TIMES[split]
         metrics = found.setdefault(row["epoch"], {"epoch": row["epoch"], "lr": row["lr"]})
         metrics |= {f"{split}_{name}": row[name] for name in ("loss", "accuracy", "rows")}
         metrics |= {spent: row["epoch_time_s"], waited: row["data_wait_s"]}
+    if list(found) != list(range(1, len(found) + 1)) or not all("train_rows" in each for each in found.values()):
+        raise ValueError(f"epochs {list(found)[:20]} are not 1, 2, 3, ..., or one was not trained")
     return list(found.values())
 
 

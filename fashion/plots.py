@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
@@ -22,8 +21,8 @@ from fashion import data, draw, figures, page
 from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError, require
 from fashion.figures import Figure, Row, Search, finite, shown
 from fashion.page import Column, Picture, Section
-from fashion.report import REPORTS_FOLDER, SCHEMAS
-from fashion.storage import Storage, open_storage
+from fashion.report import REPORTS_FOLDER, SCHEMAS, in_schema
+from fashion.storage import Storage, open_storage, read_parquet
 from fashion.summary import PUBLISHED
 
 MAX_CURVES = 6
@@ -123,13 +122,16 @@ def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str
         owner = next((part[7:] for part in path.split("/") if part.startswith("run_id=")), "")
         try:
             with storage.fs.open_input_file(path) as stream:
-                rows = pq.ParquetFile(stream).read()
-        except (pa.ArrowException, OSError) as error:
+                rows = read_parquet(stream)
+        except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is damaged ({reason}); remove it or write it again") from error
         missing = ", ".join(sorted(NEEDED.get(table, set()) - set(rows.column_names)))
         require(not missing, f"{path} is damaged (it lacks {missing}); remove it or write it again")
-        return owner, rows
+        try:
+            return owner, in_schema(table, rows)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); remove it or write it again") from error
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(read, paths))

@@ -21,8 +21,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from fashion.config import CLASS_NAMES, NUM_CLASSES, TrainConfig, UserError, flag, require
-from fashion.storage import Storage
+from fashion.config import (
+    CLASS_NAMES,
+    NUM_CLASSES,
+    TrainConfig,
+    UserError,
+    flag,
+    parse_object,
+    require,
+)
+from fashion.storage import Storage, read_parquet
 
 SCHEMA_VERSION = 1
 REPORTS_FOLDER = "reports"
@@ -204,16 +212,37 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
 
 
 def read_rows(storage: Storage, *place: str) -> list[dict[str, Any]]:
-    """Return the rows of one Parquet file; raises `UserError` if it is damaged."""
+    """Return the rows of one Parquet file of the table `place[1]`; raises `UserError` if it is damaged."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(storage.read_bytes(*place))).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+        table = in_schema(place[1], read_parquet(storage.read_bytes(*place)))
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (ValueError, OverflowError, OSError) as error:  # a time may lie beyond the years that Python knows
         raise UserError(f"{storage.show(*place)} is damaged ({error}); remove it") from error
     return rows
 
 
+def in_schema(table: str, rows: pa.Table) -> pa.Table:
+    """Return rows with the columns of `table`, those that an older report lacks null, and no others.
+
+    Raises `ValueError` if a column is there twice, or holds values of another type.
+    """
+    columns: list[pa.Array] = []
+    for field in SCHEMAS[table]:
+        found = [rows.column(k) for k, name in enumerate(rows.column_names) if name == field.name]
+        if len(found) > 1:
+            raise ValueError(f"it has the column {field.name} twice")
+        if not found:
+            columns.append(pa.nulls(len(rows), field.type))
+            continue
+        try:
+            columns.append(found[0] if found[0].type == field.type else found[0].cast(field.type))
+        except pa.ArrowException as error:
+            raise ValueError(f"column {field.name} is of type {found[0].type}") from error
+    return pa.Table.from_arrays(columns, schema=SCHEMAS[table])
+
+
 def find_run(storage: Storage, run_id: str) -> dict[str, Any] | None:
-    """Return the `runs` row of `run_id`, or None."""
+    """Return the `runs` row of `run_id`, or None; raises `UserError` if the report is damaged."""
     rows = read_table(storage, "runs", run_id)
     return rows[0] if rows else None
 
@@ -240,8 +269,17 @@ def config_json(config: TrainConfig) -> str:
 
 
 def stored_config(storage: Storage, run_id: str) -> TrainConfig:
-    """Return the settings that a run was started with; raises `UserError` if it does not exist."""
-    return TrainConfig.from_dict(json.loads(load_run(storage, run_id)["config_json"]))
+    """Return the settings that a run was started with; raises `UserError` if it does not exist, or is damaged."""
+    return config_of(storage, run_id, load_run(storage, run_id))
+
+
+def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
+    """Return the settings in the `runs` row `row`; raises `UserError` if it holds none."""
+    try:
+        return TrainConfig.from_dict(parse_object(row["config_json"] or ""))
+    except ValueError as error:
+        place = storage.show(REPORTS_FOLDER, "runs", f"run_id={run_id}")
+        raise UserError(f"{place} is damaged: config_json cannot be used ({error}); start another run") from error
 
 
 def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:

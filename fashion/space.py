@@ -4,13 +4,12 @@ Knows the standard library only, like `fashion.config`, whose rules it follows.
 """
 
 import dataclasses
-import json
 import math
 import random
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from fashion.config import Depth, Padding, ScaleConfig, TrainConfig, UserError, flag, require
+from fashion.config import Depth, Padding, ScaleConfig, TrainConfig, UserError, build, flag, parse_object, require
 
 LOG_UNIFORM = ("lr", "weight_decay")
 UNIFORM = ("dropout_conv", "dropout_fc", "label_smoothing")
@@ -119,21 +118,18 @@ class SearchConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values, as JSON gives them."""
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**plain)
+        """Build from plain values, as JSON gives them; raises `UserError` naming what is none, or of another type."""
+        if not isinstance(values, dict):
+            return build(cls, values)
+        return build(cls, {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def parse_settings(text: str) -> dict[str, Any]:
     """Parse a JSON object of settings; raises `UserError`."""
     try:
-        settings: Any = json.loads(text)
+        return parse_object(text)
     except ValueError as error:
-        raise UserError(f"--first {text} is not JSON ({error}); write it as '{{\"lr\": 0.001}}'") from error
-    require(isinstance(settings, dict), f"--first {text} must be a JSON object such as '{{\"lr\": 0.001}}'")
-    return dict(settings)
+        raise UserError(f"--first {text} must be a JSON object such as '{{\"lr\": 0.001}}' ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from fashion.config import UserError
+from fashion.config import UserError, require
+
+MAX_ROWS = 1_000_000
+"""Rows that a Parquet file may promise: sixteen times what the largest of ours holds."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,13 @@ class Storage:
     root: str
 
     def path(self, *parts: str) -> str:
-        """Return the path of `parts` below the root, in the form that `fs` takes."""
+        """Return the path of `parts` below the root, in the form that `fs` takes.
+
+        Raises `UserError` if it would lead out of the storage: names come from flags, and from files handed over.
+        """
+        for part in parts:
+            safe = part.isprintable() and ".." not in part.split("/")
+            require(safe, f"{part!r} leads out of --storage {self.uri}, or is no name; a name holds a-z, 0-9, ._-")
         return "/".join((self.root, *parts))
 
     def show(self, *parts: str) -> str:
@@ -133,3 +143,19 @@ def open_storage(uri: str) -> Storage:
     if is_file:
         raise UserError(f"--storage {uri} is a file; name a folder")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)
+
+
+def read_parquet(source: bytes | pa.NativeFile) -> pa.Table:
+    """Return the rows of a Parquet file. Raises `ValueError` of one line if it is damaged.
+
+    What it promises is judged before a row is read, so absurd metadata costs no memory.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
+        if file.metadata.num_rows > MAX_ROWS:
+            raise ValueError(f"it promises {file.metadata.num_rows} rows, more than {MAX_ROWS}")
+        rows = file.read()
+        rows.validate(full=True)  # lengths, offsets and UTF-8, on which whoever reads the rows relies
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+    return rows

@@ -339,6 +339,6 @@ def outcome_columns(job: Job, result: ray.train.Result) -> dict[str, Any]:
 def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str, str]:
     """Return where the run's things lie, as a person would write it."""
     return {
-        "checkpoint": storage.show(row["checkpoint"]),
+        "checkpoint": storage.show(row["checkpoint"] or ""),
         "reports": storage.show(report.REPORTS_FOLDER, "<table>", f"run_id={run_id}"),
     }

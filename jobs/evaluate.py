@@ -1,6 +1,5 @@
 """Evaluate a run's chosen checkpoint on a split: predictions, per-class figures and the confusion matrix."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -33,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
     manifest = data.load_manifest(storage)
     row = report.load_run(storage, flags.run_id)
     storage.check_writable(report.REPORTS_FOLDER)
+    settings = evaluation.check_run(storage, flags.run_id, row)
     cluster.connect()
-    plan = cluster.make_plan(config.TrainConfig.from_dict(json.loads(row["config_json"])), flags.scale, manifest)
+    plan = cluster.make_plan(settings, flags.scale, manifest)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
     classes = [each for each in report.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
     summary.print_classes(classes)

@@ -38,10 +38,7 @@ class Flags:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print the result."""
-    stored = stored_run(argv)
-    default = (
-        Flags(train=config.preset(cli.peek(argv, "--preset")["--preset"] or "default")) if stored is None else stored
-    )
+    default, goes_on = starting_point(argv)
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     from fashion import summary, trainer
     from fashion.storage import open_storage
@@ -56,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
             flags.scale,
             faults=flags.faults,
             source=flags.source,
-            resume=stored is not None,
+            resume=goes_on,
             mlflow=flags.mlflow,
             announce=lambda plan: summary.print_plan(run_id, storage.uri, plan),
         )
@@ -66,21 +63,21 @@ def main(argv: Sequence[str]) -> None:
     summary.print_result(done.run_id, done.row, done.paths, was_finished=done.was_finished)
 
 
-def stored_run(argv: Sequence[str]) -> Flags | None:
-    """Return the settings of the run that is to go on, which the flags may repeat; None for a new run."""
-    early = cli.peek(argv, "--run-id", "--storage", "--resume", "--start-or-resume")
+def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
+    """Return what the flags override, the preset or the settings of the run that goes on, and whether one does."""
+    early = cli.peek(argv, "--preset", "--run-id", "--storage", "--resume", "--start-or-resume")
     asked = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
-    if asked is None:
-        return None
-    if not early["--run-id"]:
-        raise UserError(f"{asked} needs --run-id with the name of the run to continue")
-    from fashion import report
-    from fashion.storage import open_storage
+    if asked:
+        if not early["--run-id"]:
+            raise UserError(f"{asked} needs --run-id with the name of the run to continue")
+        config.check_run_id(early["--run-id"])
+        from fashion import report
+        from fashion.storage import open_storage
 
-    storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-    if asked == "--start-or-resume" and report.find_run(storage, early["--run-id"]) is None:
-        return None
-    return Flags(train=report.stored_config(storage, early["--run-id"]))
+        storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
+        if asked == "--resume" or report.find_run(storage, early["--run-id"]) is not None:
+            return Flags(train=report.stored_config(storage, early["--run-id"])), True
+    return Flags(train=config.preset(early["--preset"] or "default")), False
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class Flags:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, search, print the result."""
-    stored = stored_search(argv)
-    default = new_search(argv) if stored is None else stored
+    default, goes_on = starting_point(argv)
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     base = flags.base()
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
             base,
             flags.scale,
             source=flags.source,
-            resume=stored is not None,
+            resume=goes_on,
             refit=flags.refit,
             mlflow=flags.mlflow,
             announce=lambda plan: summary.print_search_plan(search_id, storage.uri, plan),
@@ -90,27 +89,26 @@ def main(argv: Sequence[str]) -> None:
     summary.print_search(search_id, flags.space, found, storage)
 
 
-def new_search(argv: Sequence[str]) -> Flags:
-    """Return the defaults of a new search: those of the preset."""
-    preset = config.preset(cli.peek(argv, "--preset")["--preset"] or "default")
-    return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows)
-
-
-def stored_search(argv: Sequence[str]) -> Flags | None:
-    """Return the settings of the search that is to go on, which the flags may repeat; None for a new search."""
-    early = cli.peek(argv, "--search-id", "--storage", "--resume", "--start-or-resume")
+def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
+    """Return what the flags override, the preset or the settings of the search that goes on, and whether one does."""
+    early = cli.peek(argv, "--preset", "--search-id", "--storage", "--resume", "--start-or-resume")
     asked = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
-    if asked is None:
-        return None
-    if not early["--search-id"]:
-        raise UserError(f"{asked} needs --search-id with the name of the search to continue")
-    from fashion import ledger
-    from fashion.storage import open_storage
+    if asked:
+        if not early["--search-id"]:
+            raise UserError(f"{asked} needs --search-id with the name of the search to continue")
+        config.check_run_id(early["--search-id"], name="--search-id")
+        from fashion import ledger
+        from fashion.storage import open_storage
 
-    storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-    if asked == "--start-or-resume" and not storage.exists(*ledger.state_place(early["--search-id"])):
-        return None
-    space, base = ledger.stored_settings(storage, early["--search-id"])
+        storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
+        if asked == "--resume" or storage.exists(*ledger.state_place(early["--search-id"])):
+            return of_stored(*ledger.stored_settings(storage, early["--search-id"])), True
+    preset = config.preset(early["--preset"] or "default")
+    return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows), False
+
+
+def of_stored(space: SearchConfig, base: TrainConfig) -> Flags:
+    """Return the flags that a search was started with."""
     return Flags(
         preset=base.preset,
         global_batch_size=base.global_batch_size,

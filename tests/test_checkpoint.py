@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,15 @@ import torch
 from torch import nn
 
 from fashion import checkpoint
-from fashion.checkpoint import DamagedCheckpoint, OtherVersion
+from fashion.checkpoint import DamagedCheckpoint
 from fashion.keeper import Keeper
 from fashion.storage import open_storage
 
-PROGRESS = {"format": 3, "history": [{"epoch": 1}]}
+PROGRESS = {"history": [{"epoch": 1}]}
+
+
+def whole(progress: dict[str, Any]) -> None:
+    """Take any progress: what it holds is `fit`'s to judge."""
 
 
 def reader(folder: Path) -> Callable[[str], bytes]:
@@ -50,7 +53,7 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
 def test_a_restored_run_goes_on_to_the_bit(saved: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = saved
     other, other_optimizer = make(1)
-    assert checkpoint.restore(reader(folder), other, other_optimizer, form=3) == PROGRESS
+    assert checkpoint.restore(reader(folder), other, other_optimizer, whole) == PROGRESS
     for pair in ((model, optimizer), (other, other_optimizer)):
         step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -73,13 +76,32 @@ def test_damage_is_noticed_before_anything_is_believed(saved: tuple[Path, Any, A
     model, optimizer = make(1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(DamagedCheckpoint):
-        checkpoint.restore(reader(saved[0]), model, optimizer, form=3)
+        checkpoint.restore(reader(saved[0]), model, optimizer, whole)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_another_form_is_told_from_damage(saved: tuple[Path, Any, Any]) -> None:
-    with pytest.raises(OtherVersion, match="the checkpoint has form 3 and this code reads 4"):
-        checkpoint.restore(reader(saved[0]), *make(1), form=4)
+@pytest.mark.parametrize("case", ["weights", "a moment's shape", "a moment's name", "groups", "progress", "nested"])
+def test_what_the_run_cannot_use_is_refused_though_its_sums_fit(saved: tuple[Path, Any, Any], case: str) -> None:
+    _, model, optimizer = saved
+    state = optimizer.state_dict()
+    if case == "a moment's shape":
+        state["state"][0]["exp_avg"] = torch.zeros(1)
+    elif case == "a moment's name":
+        state["state"][0] = {"momentum": torch.zeros(8, 4)}
+    elif case == "groups":
+        state["param_groups"] = []
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    weights = nn.Linear(4, 9) if case == "weights" else model
+    files = checkpoint.encode(weights, optimizer, {}) | {checkpoint.OPTIMIZER: buffer.getvalue()}
+    files |= {checkpoint.PROGRESS: {"progress": b"[]", "nested": b"[" * 100_000}.get(case, b"{}")}
+    files[checkpoint.MANIFEST] = checkpoint.manifest_of({name: files[name] for name in checkpoint.FILES}).encode()
+    other, other_optimizer = make(1)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(DamagedCheckpoint, match="cannot be used"):
+        checkpoint.restore(files.__getitem__, other, other_optimizer, whole)
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    assert not other_optimizer.state_dict()["state"]
 
 
 class Trap:
@@ -102,6 +124,6 @@ def test_a_booby_trapped_optimizer_state_does_not_run(
     (folder / checkpoint.OPTIMIZER).write_bytes(files[checkpoint.OPTIMIZER])
     (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_of(files))
     model, optimizer = make(1)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        checkpoint.restore(reader(folder), model, optimizer, form=3)
+    with pytest.raises(DamagedCheckpoint, match=r"optimizer.pt cannot be used \(it names posix mkdir\)"):
+        checkpoint.restore(reader(folder), model, optimizer, whole)
     assert not Path("sprung").exists()

@@ -1,6 +1,7 @@
 """Settings: every mistake is refused with its value, its limit and a way out."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,35 @@ def test_a_wrong_value_is_refused(field: str, value: object, told: str) -> None:
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(UserError, match="unknown setting droput"):
         TrainConfig.from_dict({"droput": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"lr": "fast"}, "--lr 'fast' must be of type float"),
+        ({"lr": 10**400}, "--lr 1000"),
+        ({"epochs": True}, "--epochs True must be of type int"),
+        ({"epochs": 2.0}, "--epochs 2.0 must be of type int"),
+        ({"hold_out_val": None}, "--hold-out-val None must be of type bool"),
+        ({"padding": ["zeros"]}, "--padding \\['zeros'\\] must be of type Literal"),
+        ([], "settings \\[\\] must be a JSON object"),
+    ],
+)
+def test_a_stored_value_of_another_type_is_refused(values: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        TrainConfig.from_dict(values)
+    assert TrainConfig.from_dict({"lr": 1}).lr == 1, "JSON may write a float as a whole number"
+
+
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    assert str(UserError("a\nb \x1b[31m \ud800")) == "a\\nb \\x1b[31m \\ud800"
+    assert len(str(UserError("x" * 10_000_000))) == 2005
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a":' * 100_000, b"\xff"])
+def test_what_is_no_object_is_refused(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        config.parse_object(text)
 
 
 @pytest.mark.parametrize(("num_workers", "expected"), [("1", (1, 1)), ("7", (7, 7)), ("2:8", (2, 8))])

@@ -1,5 +1,6 @@
 """The data plane: strict reading, honest splits, whole files, and each way that a source can be wrong."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -168,6 +169,11 @@ def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, leni
         {"rows": {"train": 1}},
         {"surplus": 1},
         {"files": {"train": {"../../x.parquet": "0"}, "val": {}, "test": {}}},
+        {"files": {name: {} for name in data.SPLITS}},
+        {"rows": {"train": "many", "val": 1, "test": 1}},
+        {"pixel_mean": "grey"},
+        {"dataset": "fashion\nmnist"},
+        {"sha256": None},
     ],
 )
 def test_a_damaged_manifest_is_refused(storage: Storage, lenient: Path, change: dict[str, object]) -> None:
@@ -176,6 +182,22 @@ def test_a_damaged_manifest_is_refused(storage: Storage, lenient: Path, change: 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"manifest.json is damaged .* prepare again"):
         data.load_manifest(storage)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" * 10, None])
+def test_a_sum_that_fits_proves_nothing(storage: Storage, lenient: Path, content: bytes | None) -> None:
+    """Whoever hands over prepared data can make sums of anything."""
+    manifest, _ = data.prepare(storage, str(lenient), val_rows=300)
+    [name] = manifest.files["val"]
+    path = Path(storage.path(*data.DATA_FOLDER, "val", name))
+    if content is None:
+        pq.write_table(pq.read_table(path).slice(1), path)
+    else:
+        path.write_bytes(content)
+    told = "holds 299 rows, not 300" if content is None else f"{path} is damaged"
+    files = manifest.files | {"val": {name: data.file_sha256(path)}}
+    with pytest.raises(UserError, match=rf"{told}.*; remove .* and prepare again"):
+        data.load_split(storage, dataclasses.replace(manifest, files=files), "val")
 
 
 # --- wrong archives -----------------------------------------------------------------------------------------------

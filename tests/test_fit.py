@@ -1,13 +1,15 @@
 """The epochs of a run without Ray: the real network on the stand-in."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from fashion import fit, loop, synthetic
+from fashion import checkpoint, fit, loop, synthetic
 from fashion.config import Depth, TrainConfig
 from fashion.metrics import Metrics
 
@@ -49,6 +51,40 @@ def test_a_run_that_goes_on_within_an_epoch_ends_with_the_same_bits(one_thread: 
         assert without_times(again.history) == without_times(history)
         for (name, one), other in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
             assert torch.equal(one, other), name
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "epochs that do not follow each other": lambda progress: progress["history"].append({"epoch": 7}),
+    "figures that are text": lambda progress: progress["history"][0].update(train_loss="0.5"),
+    "no history": lambda progress: progress.pop("history"),
+    "an unknown field": lambda progress: progress["positions"][0].update(code="x"),
+    "a step as text": lambda progress: progress["positions"][0].update(step="10"),
+    "a step beyond the epoch": lambda progress: progress["positions"][0].update(step=21),
+    "ranks at other steps": lambda progress: progress["positions"].append(progress["positions"][0] | {"step": 11}),
+    "states that are no base64": lambda progress: progress["positions"][0].update(states=["?"]),
+    "positions that are a number": lambda progress: progress.update(positions=1),
+}
+
+
+@pytest.mark.slow
+def test_a_progress_that_is_not_of_this_run_is_refused_and_changes_nothing(one_thread: None) -> None:
+    config = TrainConfig(preset="smoke", epochs=2, global_batch_size=8)
+    run = run_of(config, 160)
+    saved: list[dict[str, bytes]] = []
+    for _ in run.epochs(wants_pause=lambda: run.epochs_done == 1, on_pause=lambda: saved.append(run.encode())):
+        pass
+    other = run_of(config, 160)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    for case, spoil in HOSTILE.items():
+        progress = json.loads(saved[0][checkpoint.PROGRESS])
+        spoil(progress)
+        files = saved[0] | {checkpoint.PROGRESS: json.dumps(progress).encode()}
+        files[checkpoint.MANIFEST] = checkpoint.manifest_of({name: files[name] for name in checkpoint.FILES}).encode()
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"progress.json cannot be used"):
+            other.restore(files.__getitem__)
+        assert other.history == [], case
+    assert all(torch.equal(before[name], value) for name, value in other.model.state_dict().items())
+    other.restore(saved[0].__getitem__)
 
 
 def test_another_number_of_workers_takes_over_all_that_was_counted() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -121,6 +122,28 @@ def test_a_damaged_report_is_named(storage: Storage) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="is damaged"):
         report.find_run(storage, "a")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"lr": "fast"}', '{"droput": 1}', "[" * 100_000])
+def test_settings_that_no_run_has_are_refused(storage: Storage, text: str | None) -> None:
+    report.write_table(storage, "runs", "a", [{"status": "running", "config_json": text}])
+    with pytest.raises(UserError, match="run_id=a is damaged: config_json cannot be used"):
+        report.stored_config(storage, "a")
+
+
+def test_columns_have_the_types_of_their_table(storage: Storage) -> None:
+    path = Path(report.write_table(storage, "epochs", "a", []))
+    pq.write_table(pa.table({"epoch": [1], "loss": [2], "surplus": ["x"]}), path)
+    [row] = report.read_table(storage, "epochs", "a")
+    assert (row["epoch"], row["loss"], row["split"], list(row)) == (1, 2.0, None, report.SCHEMAS["epochs"].names)
+    for table in (
+        pa.table({"epoch": ["one"]}),
+        pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["epoch", "epoch"]),
+        pa.table({"split": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())}),
+    ):
+        pq.write_table(table, path)
+        with pytest.raises(UserError, match=r"epochs.parquet is damaged \(.*\); remove it"):
+            report.read_table(storage, "epochs", "a")
 
 
 def test_the_source_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a search draws and when it judges, and its ledger: no Ray needed."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -53,7 +54,7 @@ MISTAKES = {
     "factor": ({"reduction_factor": 1}, "--reduction-factor 1 must lie between 2 and"),
     "twice": ({"padding": ("zeros", "zeros")}, "--padding names zeros zeros: each one once"),
     "unknown": ({"first": ('{"epochs": 3}',)}, "sets epochs; this search draws dropout_conv, dropout_fc, lr"),
-    "no json": ({"first": ("lr=1",)}, "--first lr=1 is not JSON"),
+    "no json": ({"first": ("lr=1",)}, "--first lr=1 must be a JSON object such as"),
     "no object": ({"first": ("[1]",)}, "--first [1] must be a JSON object"),
 }
 
@@ -77,8 +78,6 @@ def test_gpus_divide_among_workers() -> None:
 
 def test_settings_survive_json() -> None:
     config = SearchConfig(padding=("zeros", "partial"), weight_decay=(1e-3, 1e-2), first=('{"lr": 0.1}',))
-    import json
-
     assert SearchConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -161,6 +160,30 @@ def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage:
         ledgers.check_same_search(storage, "s", replace(CONFIG, num_samples=9), base)
     with pytest.raises(UserError, match="--search-id x does not exist"):
         ledgers.stored_settings(storage, "x")
-    storage.write_bytes(b"{", *ledgers.state_place("s"))
-    with pytest.raises(UserError, match="is damaged"):
-        ledgers.stored_settings(storage, "s")
+    whole = {"state_version": ledgers.STATE_VERSION, "search": CONFIG.to_dict(), "base": base.to_dict()}
+    for state in (
+        b"{",
+        b"[" * 100_000,
+        b"[]",
+        *(json.dumps(whole | {name: 1}).encode() for name in ("search", "base")),
+    ):
+        storage.write_bytes(state, *ledgers.state_place("s"))
+        with pytest.raises(UserError, match=r"search.json is damaged \(.*\); start another search"):
+            ledgers.stored_settings(storage, "s")
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        ("trials", []),
+        ("trials", [{"settings_json": None}]),
+        ("trials", [{"settings_json": "[1]"}]),
+        ("epochs", [{"epoch": 1, "split": "other", "loss": 1.0}]),
+        ("epochs", [row | {"epoch": 2} for row in metric.epoch_rows(epoch(1, 0.5))]),
+    ],
+)
+def test_damaged_rows_of_a_trial_are_refused(storage: Storage, table: str, rows: list[dict[str, Any]]) -> None:
+    open_ledger(storage).start("t0000", {"lr": 0.1})
+    report.write_table(storage, table, "s-t0000", rows)
+    with pytest.raises(UserError, match="the reports of s-t0000 are damaged"):
+        open_ledger(storage)

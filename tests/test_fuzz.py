@@ -1,0 +1,654 @@
+"""Hostile input: whatever is handed in is read, or refused in one line; it runs nothing, and reads nothing elsewhere.
+
+Each parser is given `FUZZ_INPUTS` inputs (an environment variable, 10,000 if it is not set): valid files with damage,
+JSON of any shape, random bytes. A failure names its input, which is made of its name alone.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import random
+import struct
+import tracemalloc
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fashion import checkpoint, cli, config, data, ledger, metrics, report
+from fashion.checkpoint import DamagedCheckpoint
+from fashion.config import TrainConfig, UserError
+from fashion.fit import PROGRESS_FORMAT
+from fashion.optimizer import build_optimizer
+from fashion.space import SearchConfig
+from fashion.storage import Storage, read_parquet
+
+pytestmark = pytest.mark.slow
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "10000"))
+BATCH = 100
+
+Random = random.Random
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def fuzz(parse: Callable[[Random], object], *, told: str = "", inputs: int = INPUTS) -> None:
+    """Give `parse` a generator for each of many inputs: it returns, or refuses in one line that holds `told`."""
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=math.ceil(inputs / BATCH), deadline=None, database=None, phases=[Phase.generate])
+    @given(st.integers(0, 2**63))
+    def batch(seed: int) -> None:
+        for number in range(BATCH):
+            name = f"{seed}/{number}"
+            outcomes[outcome(lambda name=name: parse(Random(name)), told, name)] += 1
+
+    batch()
+    assert outcomes.total() >= inputs, outcomes
+    assert outcomes["refused"] > inputs // 10, outcomes
+
+
+def outcome(call: Callable[[], object], told: str = "", name: str = "") -> str:
+    """Return whether `call` is `accepted` or `refused`; anything but a clear refusal fails."""
+    try:
+        call()
+    except (UserError, DamagedCheckpoint) as error:
+        message = str(error)
+        assert message.isprintable() and told in message, (name, message)
+        assert 10 < len(message) <= config.LONGEST_MESSAGE + 5, (name, message)
+        return "refused"
+    except BaseException as error:
+        raise AssertionError(f"input {name}: {type(error).__name__}: {error}") from error
+    return "accepted"
+
+
+NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
+
+
+def damaged(rng: Random, content: bytes) -> bytes:
+    """Return `content` with one to three wounds."""
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        at, length = rng.randrange(len(content) + 1), rng.choice([1, 2, 4, 8, 16, 64, 256])
+        wound = rng.randrange(8)
+        if wound == 0:  # bits turn
+            changed = bytearray(content or b"\0")
+            for _ in range(rng.choice([1, 1, 2, 8])):
+                changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+            content = bytes(changed)
+        elif wound == 1:
+            content = content[:at]
+        elif wound == 2:  # a part is lost
+            content = content[:at] + content[at + length :]
+        elif wound == 3:  # a part is there twice
+            content = content[: at + length] + content[at:]
+        elif wound == 4:  # a part of it lies elsewhere
+            source = rng.randrange(len(content) + 1)
+            content = content[:at] + content[source : source + length] + content[at + length :]
+        elif wound == 5:
+            content = content[:at] + rng.randbytes(length) + content[at + length :]
+        elif wound == 6:  # a number at a limit, in either order of bytes
+            number = rng.choice(NUMBERS).to_bytes(8, rng.choice(["little", "big"]))
+            size = rng.choice([1, 2, 4, 8])
+            content = content[:at] + rng.choice([number[:size], number[-size:]]) + content[at + size :]
+        else:
+            content = rng.randbytes(length) if rng.random() < 0.3 else content + rng.randbytes(length)
+    return content
+
+
+WORDS = [
+    "",
+    "a",
+    "train",
+    "adam",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "\0",
+    "\n\x1b[31m",
+    "\ud800",
+    "\u202e",
+    "x" * 5000,
+]
+PLAIN = [None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 0.0, -0.5, 1e308, math.nan, math.inf, -math.inf, *WORDS]
+
+
+def any_json(rng: Random, depth: int = 3) -> Any:
+    """Return a value that JSON can hold."""
+    kind = rng.randrange(6) if depth else 0
+    if kind == 4:
+        return [any_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind == 5:
+        return {rng.choice(WORDS): any_json(rng, depth - 1) for _ in range(rng.randrange(4))}
+    return rng.choice(PLAIN)
+
+
+def altered(rng: Random, value: Any) -> Any:
+    """Return a copy of a JSON value with another value, a missing or a surplus entry somewhere."""
+    if rng.random() < 0.2 or not isinstance(value, dict | list) or not value:
+        return any_json(rng)
+    if isinstance(value, list):
+        at = rng.randrange(len(value))
+        return [*value[:at], altered(rng, value[at]), *value[at + 1 :]]
+    key = rng.choice(list(value))
+    change = rng.random()
+    if change < 0.1:
+        return {name: each for name, each in value.items() if name != key}
+    if change < 0.2:
+        return value | {rng.choice(WORDS): any_json(rng)}
+    return value | {key: altered(rng, value[key])}
+
+
+def hostile_json(rng: Random, value: Any) -> bytes:
+    """Return JSON like that of `value`, but not quite; sometimes no JSON at all."""
+    kind = rng.random()
+    if kind < 0.02:
+        return rng.choice([b"[", b'{"a":', b"[[],", b'{"a":[']) * 20_000
+    if kind < 0.6:
+        return json.dumps(altered(rng, value)).encode()
+    return damaged(rng, json.dumps(value).encode())
+
+
+def put(storage: Storage, content: bytes, *place: str) -> None:
+    """Write a file of a storage, without waiting for the disk."""
+    path = Path(storage.path(*place))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+IMAGES = struct.pack(">4I", 2051, 3, 28, 28) + bytes(range(256)) * 9 + bytes(48)
+LABELS = struct.pack(">2I", 2049, 3) + bytes([1, 2, 3])
+IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+def test_archives(tmp_path: Path) -> None:
+    files = {name: (raw, gzip.compress(raw, 1)) for name, raw in ((IMAGES_FILE, IMAGES), (LABELS_FILE, LABELS))}
+
+    def parse(rng: Random) -> None:
+        for name, (_, packed) in files.items():
+            (tmp_path / name).write_bytes(packed)
+        name = rng.choice(list(files))
+        raw, packed = files[name]
+        inside = rng.random() < 0.5
+        content = gzip.compress(damaged(rng, raw), rng.choice([0, 1])) if inside else damaged(rng, packed)
+        (tmp_path / name).write_bytes(content)
+        images, labels = data.read_pair(tmp_path, "train")
+        assert images.shape == (len(labels), 28, 28) and labels.max() < 10
+
+    fuzz(parse, told="train")
+
+
+@pytest.mark.parametrize("num_rows", [100_001, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("sizes", [(28, 28), (2**32 - 1, 2**32 - 1)])
+def test_an_archive_that_promises_the_world_costs_no_memory(tmp_path: Path, num_rows: int, sizes: tuple[int]) -> None:
+    header = struct.pack(">4I", 2051, num_rows, *sizes)
+    (tmp_path / IMAGES_FILE).write_bytes(gzip.compress(header))
+    assert memory_to_refuse(lambda: data.read_idx(tmp_path / IMAGES_FILE, magic=2051, shape=(28, 28))) < 2**20
+
+
+def test_a_gzip_bomb_is_not_inflated(tmp_path: Path) -> None:
+    """A file of a megabyte that holds a gigabyte."""
+    path = tmp_path / LABELS_FILE
+    path.write_bytes(gzip.compress(struct.pack(">2I", 2049, 3)) + gzip.compress(bytes(10 << 20), 9) * 100)
+    assert path.stat().st_size < 2 << 20
+    assert memory_to_refuse(lambda: data.read_idx(path, magic=2049, shape=())) < 2**20
+
+
+def memory_to_refuse(call: Callable[[], object]) -> int:
+    """Return the bytes that Python takes at most until `call` is refused."""
+    tracemalloc.start()
+    assert outcome(call) == "refused"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+# --- prepared data ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int) -> data.Split:
+    images = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
+    return data.Split(images, np.arange(count, dtype=np.uint8) % 10, np.arange(count, dtype=np.int32))
+
+
+def parquet(table: pa.Table, **options: Any) -> bytes:
+    """Return a table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return bytes(sink.getvalue())
+
+
+def manifest_of(files: dict[str, bytes], rows: int) -> dict[str, Any]:
+    """Return what a manifest holds whose splits all have the same files."""
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return {
+        "dataset": "fashion-mnist",
+        "sha256": "0" * 64,
+        "seed": 0,
+        "val_rows": 10,
+        "rows": dict.fromkeys(data.SPLITS, rows),
+        "class_counts": {split: [rows, *([0] * 9)] for split in data.SPLITS},
+        "pixel_mean": 0.3,
+        "pixel_std": 0.3,
+        "files": dict.fromkeys(data.SPLITS, sums),
+        "archives": {},
+        "format_version": data.FORMAT_VERSION,
+    }
+
+
+def test_manifests(storage: Storage) -> None:
+    valid = manifest_of({"part-000-0123456789ab.parquet": b""}, 10)
+
+    def parse(rng: Random) -> None:
+        put(storage, hostile_json(rng, valid), *data.DATA_FOLDER, "manifest.json")
+        manifest = data.load_manifest(storage)
+        for split in data.SPLITS:
+            for path in data.split_paths(storage, manifest, split):
+                assert Path(path).parent == Path(storage.path(*data.DATA_FOLDER, split))
+
+    fuzz(parse, told="manifest.json")
+
+
+def test_rows(storage: Storage) -> None:
+    """With sums that fit, as whoever hands over prepared data could make them."""
+    name = "part-000-0123456789ab.parquet"
+    table = data.to_table(rows_of(4))
+    kinds = [{"compression": "zstd", "use_dictionary": False}, {"compression": "snappy"}, {"compression": "none"}]
+    valid = [parquet(table, **options) for options in kinds]
+    valid += [parquet(table.set_column(1, "label", pa.array([1, None, 3, 200], pa.uint8())))]
+
+    def parse(rng: Random) -> None:
+        content = damaged(rng, damaged_footer(rng, rng.choice(valid)))
+        put(storage, content, *data.DATA_FOLDER, "val", name)
+        manifest = config.build(data.Manifest, manifest_of({name: content}, 4))
+        rows = data.load_split(storage, manifest, "val")
+        assert rows.images.shape == (4, 28, 28) and rows.labels.max() < 10
+
+    fuzz(parse, told=storage.show(*data.DATA_FOLDER, "val"))
+
+
+def damaged_footer(rng: Random, content: bytes) -> bytes:
+    """Sometimes return a Parquet file with damage to its metadata alone, their length put right."""
+    if rng.random() < 0.5:
+        return content
+    length = int.from_bytes(content[-8:-4], "little")
+    footer = damaged(rng, content[-8 - length : -8])
+    return content[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def test_metadata_that_promise_absurd_rows() -> None:
+    """The promise of the file, of its row group, or of a column."""
+    content = parquet(pa.table({"epoch": pa.nulls(100_003, pa.int32())}))
+    length = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - length : -8]
+    honest, absurd = varint(2 * 100_003), varint(2 * 2**60)  # signs are folded into the lowest bit
+    places = [at for at in range(length) if footer[at : at + len(honest)] == honest]
+    assert len(places) >= 3
+    for at in places:
+        lying = footer[:at] + absurd + footer[at + len(honest) :]
+        whole = content[: -8 - length] + lying + len(lying).to_bytes(4, "little") + b"PAR1"
+        before = pa.default_memory_pool().max_memory()
+        with contextlib.suppress(ValueError):  # a wrong number of nulls, in the statistics, is nothing that counts
+            assert len(read_parquet(whole)) == 100_003
+        assert pa.default_memory_pool().max_memory() - before < 2**24
+    with pytest.raises(ValueError, match="promises 2000000 rows, more than 1000000"):
+        read_parquet(parquet(pa.table({"epoch": pa.nulls(2_000_000, pa.int32())})))
+
+
+def varint(number: int) -> bytes:
+    """Return a number as Parquet's metadata hold it: seven bits a byte, the lowest first."""
+    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+RUN = {"kind": "train", "status": "completed", "config_json": report.config_json(TrainConfig()), "epochs_done": 3}
+EPOCH = {"epoch": 1, "lr": 0.1, "epoch_time_s": 1.0, "data_wait_s": 0.0}
+EPOCHS = [EPOCH | {"split": split, "loss": 0.5, "accuracy": 0.8, "rows": 10} for split in ("train", "val")]
+TRIAL = {"search_id": "s", "trial_id": "t0000", "status": "completed", "settings_json": '{"lr": 0.1}', "wall_s": 1.0}
+
+
+def test_reports(storage: Storage) -> None:
+    prediction = {"split": "val", "index": 1, "label": 1, "predicted": 1, "probabilities": [0.1] * 10, "loss": 0.1}
+    rows = {"runs": [RUN], "epochs": EPOCHS, "trials": [TRIAL], "predictions": [prediction] * 3}
+    valid = {table: bytes(report.encode(table, each)) for table, each in rows.items()}
+
+    def parse(rng: Random) -> None:
+        table = rng.choice(list(valid))
+        content = damaged(rng, damaged_footer(rng, valid[table]))
+        if rng.random() < 0.2:
+            content = valid[rng.choice(list(valid))]
+        elif rng.random() < 0.3:
+            content = parquet(strange_table(rng, report.SCHEMAS[table].names))
+        put(storage, content, "reports", table, "run_id=a", f"{table}.parquet")
+        found = report.read_table(storage, table, "a")
+        assert all(list(row) == report.SCHEMAS[table].names for row in found)
+
+    fuzz(parse, told="is damaged")
+
+
+def strange_table(rng: Random, names: list[str]) -> pa.Table:
+    """Return a table with columns of these names, of any types."""
+    far = pa.array([2**62, 1], pa.timestamp("us", tz="UTC"))
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff\xfe", b"a"]).buffers())
+    kinds = [pa.array([1, 2]), pa.array([1.5, None]), pa.array(["a", "b"]), pa.array([[1], []]), far, latin]
+    kinds += [pa.array([{"a": 1}, None]), pa.array([True, False]), pa.nulls(2), pa.array([b"\0", b"a" * 100])]
+    chosen = [rng.choice([*names, "other"]) for _ in range(rng.randrange(1, 5))]
+    return pa.Table.from_arrays([rng.choice(kinds) for _ in chosen], names=chosen)
+
+
+def test_trials(storage: Storage) -> None:
+    """The rows that a resumed search goes on from."""
+    space = SearchConfig(num_samples=1)
+    values = {"split": ["train", "test", None], "epoch": [0, 2, None], "loss": [None, math.nan], "epoch_time_s": [0.0]}
+
+    def parse(rng: Random) -> None:
+        epochs = [dict(row) for row in EPOCHS]
+        for row in epochs:
+            if rng.random() < 0.3:
+                name = rng.choice(list(values))
+                row[name] = rng.choice(values[name])
+        trials = [TRIAL | {"settings_json": hostile_json(rng, {"lr": 0.1}).decode(errors="replace")}]
+        written = {"runs": [RUN], "epochs": epochs, "trials": trials if rng.random() < 0.9 else []}
+        for table, rows in written.items():
+            put(storage, bytes(report.encode(table, rows)), "reports", table, "run_id=s-t0000", f"{table}.parquet")
+        opened = ledger.Ledger(storage, "s", space, {}, TrainConfig().to_dict())
+        [trial] = opened.ranked()
+        assert isinstance(trial.settings, dict) and len(trial.history) <= 1
+        assert metrics.summarise(trial.history, 1)["epochs_done"] == 1
+
+    fuzz(parse, told="s-t0000", inputs=INPUTS // 50)  # three files each
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_states_of_searches(storage: Storage) -> None:
+    identity = {"dataset": "fashion-mnist", "dataset_sha256": "0", "source_hash": "0"}
+    space = SearchConfig(padding=("zeros", "partial"), weight_decay=(0.1, 0.2), first=('{"lr": 0.1}',))
+    ledger.write_state(storage, "s", space, TrainConfig(), identity)
+    valid = json.loads(storage.read_bytes(*ledger.state_place("s")))
+
+    def parse(rng: Random) -> None:
+        put(storage, hostile_json(rng, valid), *ledger.state_place("s"))
+        found, base = ledger.stored_settings(storage, "s")
+        check_settings(base)
+        found.draw(0)
+        assert found.rungs
+        if rng.random() < 0.1:
+            ledger.check_same_search(storage, "s", found, base)
+
+    fuzz(parse, told="search.json")
+
+
+def check_settings(settings: TrainConfig) -> None:
+    """Make sure that settings which were let in are of use."""
+    assert TrainConfig.from_dict(json.loads(report.config_json(settings))) == settings
+    settings.steps_per_epoch(2**62)
+    model = nn.Linear(2, 2)
+    if settings.optimizer != "muon":
+        build_optimizer(settings, model)
+
+
+def test_settings() -> None:
+    train, space = TrainConfig().to_dict(), SearchConfig(first=('{"lr": 0.1}',)).to_dict()
+
+    def parse(rng: Random) -> None:
+        if rng.random() < 0.5:
+            check_settings(TrainConfig.from_dict(altered(rng, train)))
+        else:
+            found = SearchConfig.from_dict(altered(rng, json.loads(json.dumps(space))))
+            found.draw(0)
+            assert found.rungs
+
+    fuzz(parse)
+
+
+def test_settings_of_runs(storage: Storage) -> None:
+    valid = TrainConfig().to_dict()
+
+    def parse(rng: Random) -> None:
+        text = hostile_json(rng, valid).decode(errors="replace")
+        row = RUN | {"config_json": text if rng.random() < 0.95 else None}
+        check_settings(report.config_of(storage, "a", row))
+
+    fuzz(parse, told=storage.show("reports", "runs", "run_id=a"))
+
+
+# Parsing all flags of a search takes 50 ms, those of the page 1 ms: as many inputs as take about as long.
+SHARES = {"prepare": 98, "report": 98, "evaluate": 2, "bench": 1, "train": 1, "tune": 1}
+VALUES = ["", "0", "-1", "1", "nan", "inf", "1e999", "9" * 5000, "0.5", "a", "a,b", "=", "--", "-", "--seed", *WORDS]
+
+
+def test_flags(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {name: importlib.import_module(f"jobs.{name}") for name in SHARES}
+    monkeypatch.setattr(cli, "DEFAULT_STORAGE", storage.uri)
+    names = ["--storage", "--run-id", "--run_id", "--resume", "--search-id", "--preset", "--seed", "--val-rows"]
+    names += ["--lr", "--epochs", "--num-workers", "--first", "--padding", "--split", "--rows", "--no-such", "--out"]
+
+    def parse(rng: Random) -> None:
+        [name] = rng.choices(list(SHARES), SHARES.values())
+        argv = [rng.choice([*names, *VALUES]) for _ in range(rng.randrange(5))]
+        argv = [f"{word}={rng.choice(VALUES)}" if rng.random() < 0.3 else word for word in argv]
+        flags = modules[name].Flags
+        default = {}
+        if name in ("train", "tune"):
+            default = {"default": modules[name].starting_point(argv)[0]}
+        elif name == "prepare":
+            default = {"default": flags()}
+        cli.parse(flags, argv, prog=f"python -m jobs.{name}", description="", **default)
+
+    fuzz(parse)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+PROGRESS = {"format": PROGRESS_FORMAT, "history": [{"epoch": 1, "train_loss": 0.5}]}
+
+
+def restored(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore from `files` and take any progress: what it holds is `fit`'s to judge."""
+    return checkpoint.restore(files.__getitem__, model, optimizer, lambda progress: None)
+
+
+def make(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a network that is small, and has all kinds of parameters; and an optimizer that has taken a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    made = build_optimizer(replace(TrainConfig(), optimizer=optimizer), model)  # type: ignore[arg-type]
+    model(torch.ones(3, 2, 4, 4)).square().sum().backward()
+    made.step()
+    return model, made
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return, written out, all that a restored checkpoint could change."""
+    state, groups = optimizer.state_dict()["state"], optimizer.state_dict()["param_groups"]
+    tensors = [*model.state_dict().values(), *(value for each in state.values() for value in each.values())]
+    return repr([[tensor.tolist() for tensor in tensors], [sorted(each) for each in state.values()], groups])
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_checkpoints(one_thread: None) -> None:
+    """Damaged after the sums were made, and before: then they fit."""
+    saved = {name: checkpoint.encode(*make(name), PROGRESS) for name in ("sgd", "adam", "muon")}
+    targets = {name: make(name) for name in saved}
+    untouched = {name: everything(*target) for name, target in targets.items()}
+
+    def parse(rng: Random) -> None:
+        kind = rng.choice(list(saved))
+        files = dict(saved[kind if rng.random() < 0.9 else rng.choice(list(saved))])
+        name = rng.choice(checkpoint.FILES)
+        if name == checkpoint.PROGRESS:
+            files[name] = hostile_json(rng, PROGRESS)
+        elif name == checkpoint.OPTIMIZER and rng.random() < 0.7:
+            files[name] = hostile_state(rng, files[name])
+        else:
+            files[name] = damaged(rng, files[name])
+        if rng.random() < 0.9:
+            files[checkpoint.MANIFEST] = checkpoint.manifest_of(
+                {each: files[each] for each in checkpoint.FILES}
+            ).encode()
+        elif rng.random() < 0.5:
+            files[checkpoint.MANIFEST] = hostile_json(rng, json.loads(files[checkpoint.MANIFEST]))
+        model, optimizer = targets[kind]
+        try:
+            progress = restored(files, model, optimizer)
+        except DamagedCheckpoint:
+            assert everything(model, optimizer) == untouched[kind]
+            raise
+        assert isinstance(progress, dict)
+        model(torch.ones(3, 2, 4, 4)).square().sum().backward()
+        optimizer.step()  # what was let in can be gone on from
+        untouched[kind] = everything(model, optimizer)
+
+    fuzz(parse, told="checkpoint")
+
+
+def hostile_state(rng: Random, content: bytes) -> bytes:
+    """Return an optimizer's file that is whole outside, and has damage within, or another state."""
+    if rng.random() < 0.5:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        name = rng.choice([name for name in members if name.endswith("data.pkl")] * 5 + list(members))
+        members[name] = damaged(rng, members[name])
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])) as archive:
+            for each, inside in members.items():
+                archive.writestr(each, inside)
+        return buffer.getvalue()
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    tensors = [torch.zeros(()), torch.zeros(3), torch.zeros(1).expand(2, 2, 3, 3), torch.zeros(2, 2, 3, 3).half()]
+    where = rng.choice(list(state["state"].values()) + state["param_groups"] + [state["state"], state])
+    key = rng.choice([*where, "step", "lr", 0, 77, "other"])
+    where[key] = rng.choice([any_json(rng), *tensors])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+class Trap:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, call: Callable[..., object], *arguments: Any) -> None:
+        self.told = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.told
+
+
+def with_state(state: Any, **options: Any) -> dict[str, bytes]:
+    """Return a checkpoint with another optimizer's state, its sums put right."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    files = checkpoint.encode(*make("adam"), PROGRESS) | {checkpoint.OPTIMIZER: buffer.getvalue()}
+    sums = checkpoint.manifest_of({name: files[name] for name in checkpoint.FILES})
+    return files | {checkpoint.MANIFEST: sums.encode()}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["state", "param_groups", "momentum"])
+def test_nothing_runs_from_a_checkpoint(tmp_path: Path, place: str, zipped: bool) -> None:
+    mark = tmp_path / "sprung"
+    state = make("adam")[1].state_dict()
+    for call in (Trap(os.mkdir, str(mark)), Trap(os.system, f"touch {mark}"), Trap(eval, f"open({str(mark)!r}, 'w')")):
+        if place == "momentum":
+            state["state"][0]["exp_avg"] = call
+        else:
+            state[place] = call
+        files = with_state(state, _use_new_zipfile_serialization=zipped)
+        assert outcome(lambda files=files: restored(files, *make("adam"))) == "refused"
+        assert not mark.exists()
+
+
+def test_a_checkpoint_takes_no_more_memory_than_it_has() -> None:
+    """`bytearray` is among what torch calls for a file; and a compressed file may hold a thousand times its size."""
+    inflated = io.BytesIO()
+    with zipfile.ZipFile(inflated, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(100 << 20))
+    bombs = [with_state({"state": Trap(bytearray, 1 << 32)}), with_state({})]
+    bombs[1][checkpoint.OPTIMIZER] = inflated.getvalue()
+    sums = checkpoint.manifest_of({name: bombs[1][name] for name in checkpoint.FILES})
+    bombs[1][checkpoint.MANIFEST] = sums.encode()
+    for files in bombs:
+        model, optimizer = make("adam")
+        assert memory_to_refuse(lambda f=files, m=model, o=optimizer: restored(f, m, o)) < 2**21
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+ESCAPES = ["..", "../x", "a/../../x", "/etc/passwd", "a/b", "a\0b", "a\n", "\ud800", "\u00e9", "x" * 5000, "", ".", "A"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_id_leads_out_of_the_storage(storage: Storage, name: str) -> None:
+    flags = ["--storage", storage.uri]
+    for job, named in (("train", "--run-id"), ("evaluate", "--run-id"), ("tune", "--search-id")):
+        module = importlib.import_module(f"jobs.{job}")
+        for more in ([], ["--resume"])[: 1 if job == "evaluate" else 2]:
+            if not name and not more:
+                continue  # stands for a name of our own
+            assert outcome(lambda m=module, n=named, x=more: m.main([*flags, f"{n}={name}", *x]), named) == "refused"
+    assert outcome(lambda: ledger.read_state(storage, name), "--search-id") == "refused"
+    assert not Path(storage.root).exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../../x", "a\0b", "\ud800"])
+def test_a_storage_gives_no_path_that_lies_elsewhere(storage: Storage, name: str) -> None:
+    for call in (storage.read_bytes, storage.exists, storage.list, storage.delete_folder):
+        assert outcome(lambda call=call: call("runs", name), "leads out of --storage") == "refused"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../outside/epoch-0001",
+        "/etc",
+        "runs/a/../../../outside",
+        "runs/b/epoch-0001",
+        "runs/a/epoch-\0",
+        "runs/a",
+        "a" * 5000,
+    ],
+)
+def test_a_run_is_evaluated_from_its_own_checkpoint_alone(storage: Storage, place: str) -> None:
+    from fashion import evaluation
+
+    row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": place}
+    assert outcome(lambda: evaluation.check_run(storage, "a", row), "--run-id a") == "refused"
+
+
+def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(storage: Storage) -> None:
+    from fashion import evaluation
+
+    row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": "runs/a/epoch-0001"}
+    for name, content in checkpoint.encode(*make("adam"), PROGRESS).items():
+        assert outcome(lambda: evaluation.check_run(storage, "a", row), "no whole checkpoint") == "refused"
+        put(storage, content, "runs", "a", "epoch-0001", name)
+    assert outcome(lambda: evaluation.check_run(storage, "a", row), "model.safetensors cannot be used") == "refused"
