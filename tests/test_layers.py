@@ -54,6 +54,7 @@ LAYERS: dict[str, list[str]] = {
         "bench.trials",
         "cluster",
         "evaluation",
+        "network",
         "progress",
         "search",
         "strategy",
