@@ -1,12 +1,12 @@
 """Several hosts on one machine: each has processes, a network address, a name and shared memory of its own.
 
-A host is a set of the kernel's namespaces (PID, network, mount, UTS, IPC) around one process, its `init`. Its eth0 leads
-to a switch, which is a namespace as well: the machine's own interfaces, routes and processes are left as they are, and
-Ray's `ray stop`, which kills whatever looks like Ray, sees the host's processes alone. To end `init` is to cut the
+A host is a set of the kernel's namespaces (PID, network, mount, UTS, IPC) around one process, its `init`. Its eth0
+leads to a switch, which is a namespace as well: the machine's own interfaces, routes and processes are left as they
+are, and `ray stop`, which kills whatever looks like Ray, sees the host's processes alone. To end `init` is to cut the
 power: the kernel kills the rest, and the namespaces go with the last process. All ends with the process that made it.
 
 The file system is shared, as an NFS mount would be, apart from /etc/hosts, which gives the host's name a loopback
-address as Debian does, the home folder, and /dev/shm.
+address as Debian does, the home folder, /run and /dev/shm.
 """
 
 import os
@@ -45,6 +45,7 @@ ip link set lo up
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/passwd /etc/passwd
 mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
 echo ready
 while sleep 3600; do :; done
 """
@@ -118,7 +119,7 @@ class Hosts:
         return self.folder / "token"
 
     def environment(self, host: Host) -> dict[str, str]:
-        """Return what commands run with: this Python first, the cluster's address and token, nothing of the user's Ray."""
+        """Return what commands run with: this Python, the cluster's address and token, nothing of the user's Ray."""
         foreign = ("RAY_", "MAKE", "MFLAGS", "FASHION_STORAGE", "SSH_")
         own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return own | RAY_ENVIRONMENT | QUICK_HEALTH_CHECKS | {
@@ -192,6 +193,29 @@ class Hosts:
             assert alive and time.monotonic() < deadline, host.log.read_text()
             time.sleep(0.2)
 
+    def serve_ssh(self, host: Host, key: Path) -> None:
+        """Let whoever has the private `key` into `host` by SSH; login shells have the settings of `environment`."""
+        for name in ("host_key", "authorized_keys"):
+            (host.folder / name).unlink(missing_ok=True)
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{host.folder}/host_key")
+        shutil.copy(key.with_suffix(".pub"), host.folder / "authorized_keys")
+        told = QUICK_HEALTH_CHECKS | {"RAY_TMPDIR": str(host.folder)}
+        (host.home / ".bashrc").write_text("".join(f"export {key}={value}\n" for key, value in told.items()))
+        options = {
+            "ListenAddress": host.address,
+            "HostKey": f"{host.folder}/host_key",
+            "AuthorizedKeysFile": f"{host.folder}/authorized_keys",
+            "PasswordAuthentication": "no",
+            "PermitRootLogin": "yes",
+            "StrictModes": "no",
+            "UsePAM": "no",
+            "PidFile": "none",
+        }
+        (host.folder / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in options.items()))
+        server = ["/usr/sbin/sshd", "-f", f"{host.folder}/sshd_config", "-E", f"{host.folder}/sshd.log"]
+        done = self.run(host, "sh", "-c", 'mkdir -p /run/sshd && exec "$@"', "sh", *server)
+        assert done.returncode == 0, done.stderr
+
     def cut(self, host: Host) -> None:
         """Pull the host's network cable: nobody is told, packets stay away."""
         call("nsenter", f"--target={self.switch.pid}", "-n", "ip", "link", "set", f"port{host.number}", "down")
@@ -232,6 +256,7 @@ def start_init(host: Host) -> None:
         ["setpriv", "--pdeathsig=KILL", "unshare", *UNSHARED, "bash", "-c", script],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # unshare complains when it is killed
         text=True,
     )
     assert host.init.stdout is not None
