@@ -51,7 +51,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A storage with 500 training and 200 test rows, taken for the official ones, that other processes find prepared."""
+    """A storage with 500 training and 200 test rows that other processes find prepared, as if official."""
     archives = tmp_path_factory.mktemp("archives")
     synthetic.write_archives(archives, num_train_rows=600, num_test_rows=200)
     storage = open_storage(str(tmp_path_factory.mktemp("tiny")))

@@ -1,4 +1,4 @@
-"""The files for clusters: their versions are those of the lock file, Ray takes them, and `ray up` brings a cluster up."""
+"""The files for clusters: versions are those of the lock file, Ray takes them, `ray up` brings a cluster up."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def test_a_rayjob_is_tried_again_ends_and_leaves_nothing() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
     assert spec["backoffLimit"] > 0 and spec["submitterConfig"]["backoffLimit"] > 0
-    assert 0 < spec["activeDeadlineSeconds"] and 0 < spec["ttlSecondsAfterFinished"] < spec["activeDeadlineSeconds"]
+    assert 0 < spec["ttlSecondsAfterFinished"] < spec["activeDeadlineSeconds"]
     assert spec["shutdownAfterJobFinishes"] is True
     cluster = spec["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -208,8 +208,11 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(launcher_for(machines, key, tiny_storage)))
 
+    # Ray 2.60's newer autoscaler, the default, finds no head among the nodes of the provider `local`: it starts no worker.
+    variables = {"RAY_AUTH_TOKEN_PATH": "", "RAY_ADDRESS": "", "RAY_UP_enable_autoscaler_v2": "0"}
+
     def ray(*command: str) -> subprocess.CompletedProcess[str]:
-        return machines.run(launch, "ray", *command, RAY_AUTH_TOKEN_PATH="", RAY_ADDRESS="")
+        return machines.run(launch, "ray", *command, **variables)
 
     up = ray("up", "-y", "--no-config-cache", str(file))
     assert up.returncode == 0, up.stdout + up.stderr

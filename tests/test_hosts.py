@@ -2,15 +2,14 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hosts
 import pytest
 from conftest import ROOT, run_job, wait_for
-from hosts import DASHBOARD, Host, Hosts
+from hosts import DASHBOARD, Hosts
 
 from fashion import report
 from fashion.storage import Storage
