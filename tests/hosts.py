@@ -9,6 +9,7 @@ The file system is shared, as an NFS mount would be, apart from /etc/hosts, whic
 address as Debian does, the home folder, /run and /dev/shm.
 """
 
+import functools
 import os
 import secrets
 import shutil
@@ -51,6 +52,7 @@ while sleep 3600; do :; done
 """
 
 
+@functools.cache
 def why_not() -> str:
     """Return why there can be no hosts here; an empty string if they can be."""
     if sys.platform != "linux":

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ def locked() -> dict[str, str]:
     return {package["name"]: package["version"] for package in packages}
 
 
-def comments_above(path: Path, key: str) -> bool:
-    """Return whether the line before the first `key:` of a file, or before a list of such keys, is a comment."""
+def unexplained(path: Path, keys: Iterable[str], indent: str = "") -> list[str]:
+    """Return those of `keys`, indented by `indent` in the file, that have no comment above them."""
     lines = path.read_text().splitlines()
-    at = next(number for number, line in enumerate(lines) if re.match(rf"\s*(- )?{key}:", line))
-    return lines[at - 1].lstrip().startswith("#")
+    above = {key: lines[[line.startswith(f"{indent}{key}:") for line in lines].index(True) - 1] for key in keys}
+    return [key for key, line in above.items() if not line.lstrip().startswith("#")]
 
 
 # --- as text ------------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def test_no_file_holds_a_secret() -> None:
 
 
 def test_every_key_of_the_launcher_is_explained() -> None:
-    unexplained = [key for key in load(LAUNCHER) if not comments_above(LAUNCHER, key)]
-    assert unexplained == ["worker_start_ray_commands"], "it is explained with that of the head"
+    left = unexplained(LAUNCHER, load(LAUNCHER))
+    assert left == ["worker_start_ray_commands"], "it is explained with that of the head"
 
 
 def test_the_head_trains_nothing_and_its_dashboard_is_private() -> None:
@@ -109,8 +109,7 @@ def test_a_rayjob_is_tried_again_ends_and_leaves_nothing() -> None:
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [volume] = group["template"]["spec"]["volumes"]
         assert "persistentVolumeClaim" in volume, "the storage goes with the cluster"
-    unexplained = [key for key in spec if not comments_above(KUBERAY, key)]
-    assert unexplained == ["rayClusterSpec"]
+    assert unexplained(KUBERAY, spec, "  ") == ["rayClusterSpec"], "it is explained line by line"
 
 
 @pytest.mark.commands
@@ -208,7 +207,7 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(launcher_for(machines, key, tiny_storage)))
 
-    # Ray 2.60's newer autoscaler, the default, finds no head among the nodes of the provider `local`: it starts no worker.
+    # The newer autoscaler, Ray 2.60's default, finds no head among the nodes of provider `local`, and starts no worker.
     variables = {"RAY_AUTH_TOKEN_PATH": "", "RAY_ADDRESS": "", "RAY_UP_enable_autoscaler_v2": "0"}
 
     def ray(*command: str) -> subprocess.CompletedProcess[str]:

@@ -161,5 +161,5 @@ def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: St
     for number in range(4):
         [row] = report.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
         assert (row["status"], row["epochs_done"]) == ("completed", 2)
-    [refit] = [row for row in report.read_table(tiny_storage, "runs") if row["kind"] == "refit"]
-    assert (refit["search_id"], refit["status"], refit["test_rows"]) == ("sought", "completed", 200)
+    refit = report.load_run(tiny_storage, "sought-refit")
+    assert (refit["kind"], refit["status"], refit["test_rows"]) == ("refit", "completed", 200)
