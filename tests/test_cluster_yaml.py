@@ -233,7 +233,7 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
     assert down.returncode == 0, down.stdout + down.stderr
     assert "No nodes remaining" in down.stdout + down.stderr
     wait_for(lambda: set(machines.processes(head)) <= server, "end of what ran on the head")
-    # With `local` nobody ends the worker's machine: its raylet goes by itself once the head is gone, power ends the rest.
+    # With `local` nobody ends the worker's machine. Its raylet goes once the head is gone; power ends the rest.
     wait_for(
         lambda: not any("raylet" in line.split()[0] for line in machines.processes(worker).values()), "raylet's end"
     )
