@@ -6,9 +6,7 @@ Nothing here unpickles what it is handed, and nothing is believed before its sum
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,10 @@ class DamagedCheckpoint(RuntimeError):
     """A checkpoint folder whose files are missing or differ from their sums."""
 
 
+class OtherVersion(RuntimeError):
+    """A whole checkpoint that other code than this wrote, in a form of its own."""
+
+
 def encode(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, bytes]:
     """Return a checkpoint as files, name -> content. The manifest comes last: without it, a folder is no checkpoint."""
     buffer = io.BytesIO()
@@ -40,23 +42,9 @@ def encode(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[st
     return files | {MANIFEST: manifest_of(files).encode()}
 
 
-def save(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files of a checkpoint into the existing, empty `folder`."""
-    for name, data in files.items():
-        write_synced(folder / name, data)
-
-
 def manifest_of(files: dict[str, bytes]) -> str:
     """Return the manifest's text: file name -> SHA-256 of its content."""
     return json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and wait until the disk has it."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def verified(name: str, manifest: bytes, data: bytes) -> bytes:
@@ -75,27 +63,26 @@ def load_weights(data: bytes) -> dict[str, Tensor]:
     return load_safetensors(data)
 
 
-def restore(read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore `model` and `optimizer` from verified files and return the progress.
+def check(read_file: Callable[[str], bytes]) -> None:
+    """Read all files of a checkpoint and raise `DamagedCheckpoint` unless they are whole."""
+    manifest = read_file(MANIFEST)
+    for name in FILES:
+        verified(name, manifest, read_file(name))
 
-    `read_file(name)` gives a file's content. Raises `DamagedCheckpoint`; nothing is changed then.
+
+def restore(
+    read_file: Callable[[str], bytes], model: nn.Module, optimizer: torch.optim.Optimizer, form: int
+) -> dict[str, Any]:
+    """Restore `model` and `optimizer` from verified files and return the progress, whose `format` must be `form`.
+
+    `read_file(name)` gives a file's content. Raises `DamagedCheckpoint` or `OtherVersion`; nothing is changed then.
     """
     manifest = read_file(MANIFEST)
     weights, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
     progress: dict[str, Any] = json.loads(progress_file)
+    if progress.get("format") != form:
+        raise OtherVersion(f"the checkpoint has form {progress.get('format')} and this code reads {form}")
     state = torch.load(io.BytesIO(optimizer_file), map_location="cpu", weights_only=True)
     model.load_state_dict(load_weights(weights))
     optimizer.load_state_dict(state)
     return progress
-
-
-def files_of(folder: Path) -> Callable[[str], bytes]:
-    """Return `read_file` for `restore` over a local folder."""
-
-    def read_file(name: str) -> bytes:
-        try:
-            return (folder / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpoint(f"checkpoint {folder.name} lacks {name}") from error
-
-    return read_file

@@ -5,6 +5,7 @@ Imports neither Ray nor torch, so that `--help` answers at once.
 
 import argparse
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -20,6 +21,8 @@ from fashion.config import UserError
 
 T = TypeVar("T")
 
+# A disk that is full or read-only, by now: no mistake of the command, and no fault of the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
 DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
 
@@ -93,5 +96,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error}; make room there or give access, then go on with --resume", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

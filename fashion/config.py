@@ -197,6 +197,29 @@ class ScaleConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What a run does about faults: it decides how much work one costs, and nothing of the numbers."""
+
+    checkpoint_every_s: float = 120.0
+    """Seconds of work that a fault may cost, >= 0: checkpoints within an epoch are so far apart at most."""
+    max_failures: int = 3
+    """Times that workers which died, failed or hung are started anew from the latest checkpoint, >= 0; -1 for ever."""
+    hang_timeout_s: float = 600.0
+    """Seconds without a step after which a worker is ended, its stacks written down, >= 1; 0 never."""
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.checkpoint_every_s) and self.checkpoint_every_s >= 0,
+            f"--checkpoint-every-s {self.checkpoint_every_s} must be a finite number of seconds, 0 or more",
+        )
+        require(self.max_failures >= -1, f"--max-failures {self.max_failures} must be at least 0, or -1 for no limit")
+        require(
+            math.isfinite(self.hang_timeout_s) and (self.hang_timeout_s >= 1 or self.hang_timeout_s == 0),
+            f"--hang-timeout-s {self.hang_timeout_s} must be at least 1 second, or 0 for never",
+        )
+
+
 def flag(field_name: str) -> str:
     """Return the command-line spelling of a field: `dropout_fc` is `--dropout-fc`."""
     return "--" + field_name.replace("_", "-")

@@ -3,6 +3,8 @@ a trial of a search drive the same generator.
 """
 
 import ctypes
+import dataclasses
+import itertools
 import math
 import resource
 import sys
@@ -21,7 +23,7 @@ from fashion.model import FashionCNN, count_parameters, initialise, place
 from fashion.optimizer import build_optimizer
 
 EVAL_BATCH_SIZE = 500
-PROGRESS_FORMAT = 2
+PROGRESS_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Run:
         self.wrapped, self.exchange = wrap(self.model, self.precision)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
+        self.positions: list[loop.Position] = []
+        """Those of all ranks while the run pauses within an epoch, and before it goes on from there; else none."""
 
     @property
     def epochs_done(self) -> int:
@@ -106,40 +110,78 @@ class Run:
             "exchange": self.exchange,
         }
 
+    @property
+    def step(self) -> int:
+        """Steps done of the epoch within which the run pauses; 0 between epochs."""
+        return self.positions[0].step if self.positions else 0
+
     def encode(self) -> dict[str, bytes]:
         """Return a checkpoint's files."""
-        return checkpoint.encode(self.model, self.optimizer, {"format": PROGRESS_FORMAT, "history": self.history})
+        positions = [dataclasses.asdict(position) for position in self.positions]
+        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": positions}
+        return checkpoint.encode(self.model, self.optimizer, progress)
 
     def restore(self, read_file: Callable[[str], bytes]) -> None:
-        """Continue from a checkpoint whose files `read_file(name)` gives. Raises `checkpoint.DamagedCheckpoint`."""
-        progress = checkpoint.restore(read_file, self.model, self.optimizer)
-        if progress.get("format") != PROGRESS_FORMAT:
-            raise checkpoint.DamagedCheckpoint("checkpoint was written by another version of this project")
+        """Continue from a checkpoint whose files `read_file(name)` gives.
+
+        Raises `checkpoint.DamagedCheckpoint`, and `checkpoint.OtherVersion` for files that this code cannot read.
+        """
+        progress = checkpoint.restore(read_file, self.model, self.optimizer, PROGRESS_FORMAT)
         self.history = progress["history"]
+        self.positions = [
+            loop.Position(**position | {"states": tuple(position["states"])}) for position in progress["positions"]
+        ]
 
     @staticmethod
     def ignore_step(epoch: int, step: int) -> None:
         """Do nothing: the observer of steps where nobody looks."""
 
-    def epochs(self, on_step: Callable[[int, int], None] = ignore_step) -> Iterator[Metrics]:
-        """Train the remaining epochs; after each, yield its metrics, the same on all ranks but for the times.
+    def epochs(
+        self,
+        on_step: Callable[[int, int], None] = ignore_step,
+        wants_pause: Callable[[], bool] = lambda: False,
+        on_pause: Callable[[], None] = lambda: None,
+    ) -> Iterator[Metrics]:
+        """Train what remains; after each epoch, yield its metrics, the same on all ranks but for the times.
 
-        Raises `loop.Diverged` on all ranks together.
+        When any rank's `wants_pause()` says so, all ranks call `on_pause()` within an epoch; what `encode` returns
+        there goes on from there. Raises `loop.Diverged` on all ranks together.
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
-            metrics = self._train(epoch, on_step)
+            metrics = self._train(epoch, on_step, wants_pause, on_pause)
             if self.rows.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
             yield metrics
 
-    def _train(self, epoch: int, on_step: Callable[[int, int], None]) -> Metrics:
+    def _train(
+        self,
+        epoch: int,
+        on_step: Callable[[int, int], None],
+        wants_pause: Callable[[], bool],
+        on_pause: Callable[[], None],
+    ) -> Metrics:
         config, device = self.config, self.rank.device
+        begin = loop.Position()
+        if self.positions:
+            begin = loop.own_position(self.positions, self.rank.rank, self.rank.world_size)
+            self.positions = []
         # Dropout draws from the global generator: keyed like the rest, and different on every rank.
-        torch.manual_seed(loop.stream_seed(config.seed, epoch, self.rank.rank, 2))
+        torch.manual_seed(
+            loop.stream_seed(config.seed, epoch, self.rank.rank, 2, *([begin.step] if begin.step else []))
+        )
+        if begin.states:
+            loop.restore_own_states(begin.states, self.model, device)
+
+        def pause(position: loop.Position) -> None:
+            self.positions = loop.gathered(position)
+            on_pause()
+            self.positions = []
+
         trained = loop.train_one_epoch(
             self.wrapped,
-            self.rows.train_batches(epoch),
+            # What was trained on is drawn again and passed over, so that the generators are where they were.
+            itertools.islice(self.rows.train_batches(epoch), begin.step, None),
             self.optimizer,
             epoch=epoch,
             set_lr=lambda step: self.set_lr((epoch - 1) * self.steps + step - 1),
@@ -147,6 +189,9 @@ class Run:
             label_smoothing=config.label_smoothing,
             device=device,
             on_step=lambda step: on_step(epoch, step),
+            begin=begin,
+            wants_pause=wants_pause,
+            on_pause=pause,
         )
         expected = self.steps * config.global_batch_size
         assert trained.sums.num_rows == expected, (trained.sums.num_rows, expected)

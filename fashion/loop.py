@@ -4,11 +4,13 @@ Under DDP every rank calls these functions with equally many training batches; s
 ranks return the same numbers.
 """
 
+import base64
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 """Images (B, 1, 28, 28) uint8 and labels (B,) int64, on the model's device."""
 
-STEPS_BETWEEN_CHECKS = 50
+# A look at the loss stalls a GPU; on CPUs the value is there, and a step takes long enough to look more often.
+STEPS_BETWEEN_LOOKS = {"cuda": 50, "cpu": 10}
 
 
 class Diverged(RuntimeError):
@@ -46,20 +49,40 @@ class ClassificationSums:
         return self.num_correct / self.num_rows
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far one rank is within an epoch, and what it needs to go on from there with the same bits."""
+
+    step: int = 0
+    """Steps done; at 0 the epoch is at its start, and the rest says nothing."""
+    loss_sum: float = 0.0
+    """This rank's own sums so far, as in `ClassificationSums`."""
+    num_correct: int = 0
+    num_rows: int = 0
+    time_s: float = 0.0
+    data_wait_s: float = 0.0
+    states: tuple[str, ...] = ()
+    """Base64 of what differs between ranks: see `own_states`; none if another rank's would not do."""
+
+
 class SumMeter:
     """Accumulates loss, hits and rows on the device, without synchronising with it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, begin: Position = Position()) -> None:
         # Loss in float64: a float32 sum over 60,000 rows loses the digits that reports compare.
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._rows = 0
+        self._loss = torch.full((), begin.loss_sum, dtype=torch.float64, device=device)
+        self._correct = torch.full((), begin.num_correct, dtype=torch.int64, device=device)
+        self._rows = begin.num_rows
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: `loss_sum` () nats, `logits` (B, 10), `labels` (B,)."""
         self._loss += loss_sum.detach()
         self._correct += (logits.detach().argmax(1) == labels).sum()
         self._rows += len(labels)
+
+    def own(self) -> ClassificationSums:
+        """Return the sums of this rank alone."""
+        return ClassificationSums(self._loss.item(), int(self._correct.item()), self._rows)
 
     def reduce(self) -> ClassificationSums:
         """Return the sums over all ranks."""
@@ -197,13 +220,18 @@ def plain_batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[B
         yield images[start : start + batch_size], labels[start : start + batch_size]
 
 
-def raise_together(first_bad_step: Tensor, epoch: int) -> None:
-    """Raise `Diverged` on every rank if any rank saw a loss that is not finite; `first_bad_step` () int64."""
+def look_together(first_bad_step: Tensor, wish: bool, epoch: int) -> bool:
+    """Raise `Diverged` on every rank if any rank saw a loss that is not finite; else tell whether any rank has a wish.
+
+    `first_bad_step` () int64, beyond all steps while there is none; one small reduction.
+    """
+    looked = torch.stack([first_bad_step, torch.full_like(first_bad_step, 0 if wish else 1)])
     if dist.is_initialized():
-        dist.all_reduce(first_bad_step, op=dist.ReduceOp.MIN)
-    step = int(first_bad_step.item())
+        dist.all_reduce(looked, op=dist.ReduceOp.MIN)
+    step, nobody = looked.tolist()
     if step != torch.iinfo(torch.int64).max:
         raise Diverged(f"loss is not finite at epoch {epoch}, step {step}; lower --lr")
+    return not nobody
 
 
 def train_one_epoch(
@@ -217,21 +245,24 @@ def train_one_epoch(
     label_smoothing: float,
     device: torch.device,
     on_step: Callable[[int], None] = lambda step: None,
+    begin: Position = Position(),
+    wants_pause: Callable[[], bool] = lambda: False,
+    on_pause: Callable[[Position], None] = lambda position: None,
 ) -> EpochResult:
-    """Train `model` on `batches`; return the epoch's sums in training mode and its times.
+    """Train `model` on `batches`, those from `begin` on; return the epoch's sums in training mode and its times.
 
     `set_lr(step)` is called before each step with its 1-based number within the epoch, `on_step(step)` after it. The
-    loss is looked at every 50 steps and at the end, in one small reduction, because a look at each step would stall
-    a GPU. Raises `Diverged` on all ranks together; nothing is saved in between.
+    loss is looked at every few steps and at the end, in one small reduction. Raises `Diverged` on all ranks together;
+    nothing is saved in between. If any rank's `wants_pause()` says so at a look, all ranks call `on_pause(position)`.
     """
     model.train()
-    meter = SumMeter(device)
+    meter = SumMeter(device, begin)
     never = torch.iinfo(torch.int64).max
     first_bad_step = torch.full((), never, device=device)
-    started = time.perf_counter()
-    waited = 0.0
+    started = time.perf_counter() - begin.time_s
+    waited = begin.data_wait_s
     iterator = iter(batches)
-    step = 0
+    step = begin.step
     while True:
         asked = time.perf_counter()
         batch = next(iterator, None)
@@ -253,12 +284,67 @@ def train_one_epoch(
             meter.add(plain * len(labels), logits, labels)
             bad = torch.where(torch.isfinite(loss.detach()), never, step)
             first_bad_step = torch.minimum(first_bad_step, bad)
-        if step % STEPS_BETWEEN_CHECKS == 0:
-            raise_together(first_bad_step, epoch)
         on_step(step)
-    raise_together(first_bad_step, epoch)
+        if step % STEPS_BETWEEN_LOOKS[device.type] == 0 and look_together(first_bad_step, wants_pause(), epoch):
+            own = meter.own()
+            spent = time.perf_counter() - started
+            states = own_states(model, device)
+            on_pause(Position(step, own.loss_sum, own.num_correct, own.num_rows, spent, waited, states))
+    look_together(first_bad_step, False, epoch)
     sums = meter.reduce()
     return EpochResult(sums, time.perf_counter() - started, largest(waited, device))
+
+
+def own_states(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """Return, as base64, what differs between ranks within an epoch: generators, and batch normalisation's statistics.
+
+    Dropout draws from the generators of torch; the order of rows and their augmentation have generators of their own,
+    which the next life of the run winds forward.
+    """
+    tensors = [torch.get_rng_state()]
+    tensors += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    tensors += [statistic.detach().cpu() for statistic in statistics_of(model)]
+    return tuple(base64.b64encode(tensor.numpy().tobytes()).decode() for tensor in tensors)
+
+
+@torch.no_grad()
+def restore_own_states(states: Sequence[str], model: nn.Module, device: torch.device) -> None:
+    """Set what `own_states` returned on this rank."""
+    contents = [bytearray(base64.b64decode(state)) for state in states]
+    torch.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8), device)
+    for statistic, content in zip(statistics_of(model), contents, strict=True):
+        statistic.copy_(torch.frombuffer(content, dtype=statistic.dtype))
+
+
+def gathered(position: Position) -> list[Position]:
+    """Return the positions of all ranks, on every rank."""
+    if not dist.is_initialized():
+        return [position]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, position)
+    return found
+
+
+def own_position(positions: Sequence[Position], rank: int, world_size: int) -> Position:
+    """Return the one of `positions` that this rank goes on from.
+
+    Where the number of workers has changed, rank 0 takes the sums of all, and no rank's states would do.
+    """
+    if len(positions) == world_size:
+        return positions[rank]
+    first = positions[0]
+    if rank:
+        return Position(step=first.step, time_s=first.time_s)
+    return Position(
+        step=first.step,
+        loss_sum=math.fsum(position.loss_sum for position in positions),
+        num_correct=sum(position.num_correct for position in positions),
+        num_rows=sum(position.num_rows for position in positions),
+        time_s=first.time_s,
+        data_wait_s=first.data_wait_s,
+    )
 
 
 def largest(value: float, device: torch.device) -> float:
@@ -269,16 +355,21 @@ def largest(value: float, device: torch.device) -> float:
     return float(tensor.item())
 
 
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of the batch normalisations, which each rank has of its own rows."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return [getattr(layer, name) for layer in layers for name in ("running_mean", "running_var")]
+
+
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
     """Give all ranks the mean of their batch-normalisation statistics; nothing happens in a network without them.
 
     Each rank's running mean and variance come from its own rows, and all must evaluate the same network.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers or not dist.is_initialized():
+    statistics = statistics_of(model)
+    if not statistics or not dist.is_initialized():
         return
-    statistics: list[Tensor] = [getattr(layer, name) for layer in layers for name in ("running_mean", "running_var")]
     mean = torch.cat(statistics) / dist.get_world_size()
     dist.all_reduce(mean)
     for tensor in statistics:

@@ -57,6 +57,11 @@ def checkpoint_score(metrics: Metrics) -> float:
     return float(metrics["val_accuracy"] - 1e-6 * min(metrics["val_loss"], 50.0))
 
 
+def best_epoch(history: Sequence[Metrics]) -> int:
+    """Return the number of the epoch with the best checkpoint, of equal ones the first; 0 before the first epoch."""
+    return int(max(history, key=checkpoint_score)["epoch"]) if history else 0
+
+
 def rung_score(metrics: Metrics, judge_by: str) -> float:
     """Return what trials are compared by at a rung, 0..1, the more the better; 0 for a trial that has no figures.
 

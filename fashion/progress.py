@@ -44,9 +44,22 @@ class EpochReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
         earlier = report.read_table(self._storage, "epochs", self._run_id)
         kept = [row for row in earlier if row["epoch"] < epoch]
         report.write_table(self._storage, "epochs", self._run_id, kept + fresh)
+        for note in metrics[0].get("notes", ()):
+            self._say(note)
         self._here += 1
         left = (time.monotonic() - self._started) / self._here * (self._epochs - epoch)
         self._say(epoch_line(epoch, self._epochs, {row["split"]: row for row in fresh}, left))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Say what became of workers; whether they are started anew is Ray's to decide, and the run's row tells."""
+        for rank, error in sorted(worker_exceptions.items()):
+            self._say(f"worker {rank} failed: {last_line(error)}")
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return an error's last line, at most 500 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
 
 
 class StepCounter:

@@ -16,6 +16,7 @@ import ray.tune
 from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion import cluster, data, report, trainer
+from fashion.claim import Claim
 from fashion.cluster import SearchPlan
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.ledger import (
@@ -89,15 +90,18 @@ def search(
     if resume:
         data.check_same_data(storage, manifest, read_state(storage, search_id))
     storage.check_writable(report.SEARCHES_FOLDER, report.REPORTS_FOLDER)
-    cluster.connect()
-    plan = cluster.make_search_plan(config, base, scale, manifest)
-    announce(plan)
-    identity = trainer.identity_columns(base, manifest)
-    write_state(storage, search_id, config, base, identity)
-    ledger = Ledger(storage, search_id, config, identity, base.to_dict())
-    points = waiting(ledger)
-    if points:
-        run_trials(storage, search_id, ledger, points, base, scale, plan, manifest, mlflow)
+    with Claim(storage, report.SEARCHES_FOLDER, search_id, "--search-id"):
+        if not resume:
+            check_new_search(storage, search_id)  # somebody may have had the name until now
+        cluster.connect()
+        plan = cluster.make_search_plan(config, base, scale, manifest)
+        announce(plan)
+        identity = trainer.identity_columns(base, manifest)
+        write_state(storage, search_id, config, base, identity)
+        ledger = Ledger(storage, search_id, config, identity, base.to_dict())
+        points = waiting(ledger)
+        if points:
+            run_trials(storage, search_id, ledger, points, base, scale, plan, manifest, mlflow)
     trials = ledger.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")

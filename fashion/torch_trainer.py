@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -85,6 +86,15 @@ class Controller(TrainController):  # type: ignore[misc]
         super().__init__(**arguments)
         if HEALTH_CHECK_INTERVAL_S_ENV_VAR not in os.environ:
             self._health_check_interval_s = HEALTH_CHECK_INTERVAL_S
+
+
+def reclaim_announced() -> str:
+    """Return what this worker was told of nodes that will be taken away soon, an empty text if nothing.
+
+    Ray's own `get_preemption_info` makes all workers wait for each other, who agree on a checkpoint by themselves.
+    """
+    told = get_train_context().preemption_context.preemption_info
+    return "" if told is None else str(told)
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -16,17 +16,18 @@ import ray.train
 from pyarrow import fs as pafs
 
 from fashion import cluster, data, evaluation, report
+from fashion.claim import Claim
 from fashion.cluster import Plan
-from fashion.config import ScaleConfig, TrainConfig
-from fashion.metrics import epoch_rows, summarise
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig
+from fashion.keeper import name_of
+from fashion.metrics import best_epoch, epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
-from fashion.progress import Bar, EpochReporter
+from fashion.progress import Bar, EpochReporter, last_line
 from fashion.storage import Storage
 from fashion.torch_trainer import Trainer
 from fashion.tracking import FOLDER, MLflowRun, TensorBoard, check_mlflow
 from fashion.worker import train_loop_per_worker
 
-CHECKPOINTS_TO_KEEP = 1
 # Ctrl-C while workers start is heard when they have started; a second one is heard at once.
 SECONDS_TO_STOP = 30.0
 
@@ -43,6 +44,7 @@ class Job:
     plan: Plan
     manifest: data.Manifest
     tracked: Sequence[MLflowRun] = ()
+    faults: FaultConfig = FaultConfig()  # noqa: RUF009 - it is frozen
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def train(
     config: TrainConfig,
     scale: ScaleConfig,
     *,
+    faults: FaultConfig = FaultConfig(),  # noqa: B008 - it is frozen
     source: str = "auto",
     resume: bool = False,
     kind: str = "train",
@@ -87,41 +90,54 @@ def train(
     scale.check_batch(config.global_batch_size)
     if mlflow:
         check_mlflow(mlflow)
-    earlier: dict[str, Any] = {}
-    if resume:
-        report.check_same_config(storage, run_id, config)
-        earlier = report.load_run(storage, run_id)
-        if earlier["status"] == "completed":
-            return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
-        report.warn_of_other_code(run_id, earlier)
-    else:
-        report.check_new_run(storage, run_id)
+    earlier = earlier_life(storage, run_id, config, resume)
+    if earlier.get("status") == "completed":
+        return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
     manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
     data.check_source(storage, manifest, source)
     data.check_same_data(storage, manifest, earlier)
     storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
-    cluster.connect()
-    plan = cluster.make_plan(config, scale, manifest)
-    announce(plan)
-    for split in data.SPLITS:
-        data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
-    identity = {"kind": kind, "search_id": search_id or None}
-    # Before the row: a server that refuses leaves none that would say "running" for ever.
-    tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
-    started = begin_row(storage, run_id, config, manifest, identity | earlier)
+    with Claim(storage, report.RUNS_FOLDER, run_id, "--run-id"):
+        earlier = earlier_life(storage, run_id, config, resume)  # somebody may have had it until now
+        if resume:
+            report.warn_of_other_code(run_id, earlier)
+        cluster.connect()
+        plan = cluster.make_plan(config, scale, manifest)
+        announce(plan)
+        for split in data.SPLITS:
+            data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
+        # Before the row: a server that refuses leaves none that would say "running" for ever.
+        tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
+        identity = {"kind": kind, "search_id": search_id or None}
+        return carry_out(Job(storage, run_id, config, plan, manifest, tracked, faults), identity | earlier)
+
+
+def earlier_life(storage: Storage, run_id: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """Return the row of the run that is to go on, or nothing for a new one; raises `UserError` if it may not."""
+    if not resume:
+        report.check_new_run(storage, run_id)
+        return {}
+    report.check_same_config(storage, run_id, config)
+    return report.load_run(storage, run_id)
+
+
+def carry_out(job: Job, earlier: dict[str, Any]) -> Finished:
+    """Run `job` to its end and write its row; `earlier` has the columns that an earlier life and the caller know."""
+    storage, run_id = job.storage, job.run_id
+    started = begin_row(storage, run_id, job.config, job.manifest, earlier)
     clock = time.perf_counter()
     try:
-        row = started | run_or_explain(Job(storage, run_id, config, plan, manifest, tracked))
+        row = started | run_or_explain(job)
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
         failed = started | {"status": "failed", "error": brief(error)}
         report.write_table(storage, "runs", run_id, [failed])
-        for each in tracked:
+        for each in job.tracked:
             each.end(failed)
         raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
     report.write_table(storage, "runs", run_id, [row])
-    for each in tracked:
+    for each in job.tracked:
         each.end(row)
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")
@@ -217,9 +233,7 @@ def brief(error: BaseException | str) -> str:
     """Return an error's last line, at most 500 characters; of a worker group's error, that of its first rank."""
     failures = getattr(error, "worker_failures", None)
     rank, first = min(failures.items()) if failures else (None, error)
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    last = (lines[-1] if lines else type(first).__name__)[:500]
-    return last if rank is None else f"worker {rank}: {last}"
+    return last_line(first) if rank is None else f"worker {rank}: {last_line(first)}"
 
 
 def build_trainer(job: Job, say: Callable[[str], None]) -> Trainer:
@@ -231,18 +245,15 @@ def build_trainer(job: Job, say: Callable[[str], None]) -> Trainer:
         streamed = {"train": data.open_dataset(storage, job.manifest, "train").limit(plan.num_train_rows)}
     return Trainer(
         train_loop_per_worker,
-        train_loop_config=worker_settings(storage, job.manifest, config, plan),
+        train_loop_config=worker_settings(storage, job.manifest, config, plan)
+        | {"folder": (report.RUNS_FOLDER, job.run_id), "faults": asdict(job.faults)},
         datasets=streamed,
         scaling_config=scaling_config(plan),
         run_config=ray.train.RunConfig(
             name=job.run_id,
             storage_path=storage.path(report.RUNS_FOLDER),
             storage_filesystem=storage.fs,
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=CHECKPOINTS_TO_KEEP, checkpoint_score_attribute="checkpoint_score"
-            ),
-            # With an elastic width, a lost worker or node costs the epochs since the last checkpoint, not the run.
-            failure_config=ray.train.FailureConfig(max_failures=0 if plan.num_workers[0] == plan.num_workers[1] else 3),
+            failure_config=ray.train.FailureConfig(max_failures=job.faults.max_failures),
             callbacks=[
                 EpochReporter(storage, job.run_id, config.last_epoch, say),
                 *curves(storage, job.run_id, config),
@@ -262,7 +273,10 @@ def curves(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoa
 
 
 def worker_settings(storage: Storage, manifest: data.Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Return what every worker is told, the rows put into the object store; see `worker.train_loop_per_worker`."""
+    """Return what every worker is told, the rows put into the object store; see `worker.train_loop_per_worker`.
+
+    `folder` is left to the caller.
+    """
     num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
     cuts = {split: data.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
     resident = ("train", "val") if config.data_mode == "resident" else ("val",)
@@ -276,6 +290,8 @@ def worker_settings(storage: Storage, manifest: data.Manifest, config: TrainConf
             split: data.share_pieces(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
         },
         "show_bar": sys.stdout.isatty(),
+        "storage": storage.uri,
+        "faults": asdict(FaultConfig()),
         "trial": "",
     }
 
@@ -305,19 +321,17 @@ def outcome_columns(job: Job, result: ray.train.Result) -> dict[str, Any]:
     history, facts = told["history"], {name: told[name] for name in (*report.FACTS, "resumed_from")}
     if told["diverged"]:
         return facts | {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
-    assert result.best_checkpoints, "training ended without a checkpoint"
     # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
     report.write_table(job.storage, "epochs", job.run_id, [row for metrics in history for row in epoch_rows(metrics)])
-    checkpoint, best = max(result.best_checkpoints, key=lambda pair: pair[1]["checkpoint_score"])
-    name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+    best = best_epoch(history)
     return (
-        summarise(history, int(best["epoch"]))
+        summarise(history, best)
         | facts
         | {
             "status": "completed",
             "config_json": report.config_json(job.config),
             "dataset_sha256": job.manifest.sha256,
-            "checkpoint": f"{report.RUNS_FOLDER}/{job.run_id}/{name}",
+            "checkpoint": f"{report.RUNS_FOLDER}/{job.run_id}/{name_of(best)}",
         }
     )
 

@@ -4,8 +4,6 @@ Both report an epoch at a time, with the same columns, and wait for the schedule
 checkpoint reports its earlier epochs again: the scheduler knows those that it judged, and judges those that it missed.
 """
 
-import functools
-import time
 from typing import Any
 
 import ray
@@ -17,11 +15,12 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
-from fashion import checkpoint, fit, loop, worker
+from fashion import fit, loop, worker
 from fashion.config import TrainConfig, UserError
+from fashion.keeper import Keeper, Timer
 from fashion.metrics import Metrics
 from fashion.report import SEARCHES_FOLDER
-from fashion.storage import Storage, open_storage
+from fashion.storage import open_storage
 from fashion.torch_trainer import Trainer
 
 TRIAL = "trial"
@@ -57,13 +56,23 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
     """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
     worker.prepare_process(shared["threads"])
     run = open_run(config, shared)
-    keeper = Keeper(open_storage(shared["storage"]), folder, shared["checkpoint_every_s"])
-    keeper.restore(run)
+    keeper = Keeper(open_storage(shared["storage"]), folder, newest=1)
+    latest, _ = keeper.newest_whole()
+    if latest:
+        run.restore(keeper.reader(latest))
     for metrics in run.history:
         report(run, metrics)
+    timer = Timer(shared["checkpoint_every_s"])
+
+    def save() -> None:
+        keeper.save(run)
+        keeper.wait()  # the trial may be over at its next report, and what is still written would stay
+        timer.restart()
+
     try:
-        for metrics in run.epochs():
-            keeper.save(run)
+        for metrics in run.epochs(wants_pause=timer.is_due, on_pause=save):
+            if timer.is_due():
+                save()
             report(run, metrics)
     except loop.Diverged as error:
         end_badly(run.epochs_done + 1, "diverged", str(error))
@@ -84,18 +93,18 @@ def report(run: fit.Run, metrics: Metrics) -> None:
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
     """Train with several workers: a Ray Train run of its own, whose controller, in this process, tells Tune each epoch.
 
-    Started again under the same name and place, Ray Train goes on from the run's latest checkpoint by itself.
+    Started again under the same name and place, its workers go on from the run's latest checkpoint by themselves.
     """
     storage = open_storage(shared["storage"])
     result = Trainer(
         worker.train_loop_per_worker,
-        train_loop_config=shared["worker_settings"] | {"config": config.to_dict(), "trial": "/".join(folder[1:3])},
+        train_loop_config=shared["worker_settings"]
+        | {"config": config.to_dict(), "trial": "/".join(folder[1:3]), "folder": folder},
         scaling_config=shared["scaling"],
         run_config=ray.train.RunConfig(
             name=folder[-1],
             storage_path=storage.path(*folder[:-1]),
             storage_filesystem=storage.fs,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             callbacks=[Teller()],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -128,41 +137,3 @@ def remove_workers(search_id: str, trial_id: str) -> None:
     if binary:
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(binary)))
         _internal_kv_del(key)
-
-
-class Keeper:
-    """Keeps the latest checkpoint of a trial in the storage: a new one is whole before the old one goes."""
-
-    def __init__(self, storage: Storage, folder: tuple[str, ...], every_s: float) -> None:
-        """Keep checkpoints below `folder`, one folder for an epoch, `every_s` seconds apart or more."""
-        self._storage = storage
-        self._folder = folder
-        self._every_s = every_s
-        self._saved = time.monotonic()
-
-    def save(self, run: fit.Run) -> None:
-        """Save `run` after its latest epoch, if it is time, and remove earlier checkpoints."""
-        if time.monotonic() - self._saved < self._every_s:
-            return
-        earlier, name = self._epochs(), f"epoch-{run.epochs_done:04d}"
-        for file, content in run.encode().items():
-            self._storage.write_bytes(content, *self._folder, name, file)
-        for old in earlier:
-            if old != name:
-                self._storage.delete_folder(*self._folder, old)
-        self._saved = time.monotonic()
-
-    def restore(self, run: fit.Run) -> None:
-        """Continue `run` from the latest checkpoint that is whole; without one it stays at its start."""
-        for name in reversed(self._epochs()):
-            try:
-                run.restore(functools.partial(self._read, name))
-            except (FileNotFoundError, checkpoint.DamagedCheckpoint):
-                continue  # torn by a kill in mid-save; the one before is still there
-            return
-
-    def _read(self, name: str, file: str) -> bytes:
-        return self._storage.read_bytes(*self._folder, name, file)
-
-    def _epochs(self) -> list[str]:
-        return [name for name in self._storage.list(*self._folder) if name.startswith("epoch-")]

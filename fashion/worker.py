@@ -1,9 +1,8 @@
 """What runs on every worker of Ray Train: pull the shard, wrap in DDP, train, report, checkpoint, resume."""
 
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -18,46 +17,101 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fashion import checkpoint, data, fit, loop
+from fashion import data, fit, loop
 from fashion.cluster import quieten
 from fashion.config import TrainConfig
 from fashion.exchange import SharedMemoryExchange
-from fashion.metrics import Metrics, checkpoint_score
+from fashion.keeper import Keeper, Timer, place_of
 from fashion.progress import StepCounter
+from fashion.storage import Storage, open_storage
+from fashion.torch_trainer import reclaim_announced
+from fashion.watchdog import Watchdog
 
 STREAM_BUFFER_ROWS = 8192
+# Besides that of the best epoch: one may turn out damaged, and the one before it costs less than the run.
+CHECKPOINTS_TO_KEEP = 2
+STACKS_FOLDER = "stacks"
+# Ranks hang together, but they notice it within a look of each other.
+SECONDS_FOR_OTHERS = 10.0
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one run to its end on this rank; return what only the workers know.
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `cuts` and
-    `tables` (references to the pieces between the cuts), `show_bar`, and `trial`: the name of the trial that the run
-    is, or an empty string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to
-    judge them. Reports once per epoch from every rank; rank 0 attaches the checkpoint.
+    `tables` (references to the pieces between the cuts), `show_bar`, `storage` and `folder` (where its checkpoints
+    are), `faults` (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty
+    string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to judge them.
+    Reports once per epoch from every rank.
     """
     prepare_process(settings["threads"])
-    run = start_run(settings)
-    rank = run.rank
-    resumed_from = restore_latest(run)
-    if settings["trial"]:
-        note_placement_group(settings["trial"])
-        for metrics in run.history:
-            ray.train.report(run.facts() | metrics)
-    steps = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
-    diverged = None
-    try:
-        for metrics in run.epochs(steps if settings["show_bar"] and rank.rank == 0 else run.ignore_step):
-            report(run, metrics)
-    except loop.Diverged as error:
-        # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
-        diverged = str(error)
-    return run.facts() | {
-        "history": run.history,
-        "diverged": diverged,
-        "peak_memory_bytes": int(loop.largest(fit.peak_memory_bytes(), rank.device)),
-        "resumed_from": resumed_from,
-    }
+    storage, folder, faults = open_storage(settings["storage"]), tuple(settings["folder"]), settings["faults"]
+    with Watchdog(faults["hang_timeout_s"], lambda stacks: leave_stacks(storage, folder, stacks)) as watchdog:
+        run = start_run(settings)
+        keeper = Keeper(storage, folder, CHECKPOINTS_TO_KEEP)
+        resumed_from, notes = restore_newest(run, keeper)
+        if settings["trial"]:
+            note_placement_group(settings["trial"])
+            for metrics in run.history:
+                ray.train.report(run.facts() | metrics)
+        diverged = None
+        try:
+            train(run, keeper, faults["checkpoint_every_s"], step_observers(settings, run, watchdog), notes)
+        except loop.Diverged as error:
+            # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
+            diverged = str(error)
+        keeper.wait()
+        return run.facts() | {
+            "history": run.history,
+            "diverged": diverged,
+            "peak_memory_bytes": int(loop.largest(fit.peak_memory_bytes(), run.rank.device)),
+            "resumed_from": resumed_from,
+        }
+
+
+def train(
+    run: fit.Run, keeper: Keeper, checkpoint_every_s: float, on_step: Callable[[int, int], None], notes: list[str]
+) -> None:
+    """Train what remains of `run`, saving it as often as asked; `notes` go to the person with the first report."""
+    timer = Timer(checkpoint_every_s)
+    answered = reclaim_announced()
+
+    def wants_pause() -> bool:
+        return (run.rank.rank == 0 and timer.is_due()) or reclaim_announced() != answered
+
+    def save() -> None:
+        nonlocal answered
+        answered = reclaim_announced()
+        if run.rank.rank == 0:
+            keeper.save(run)
+        timer.restart()
+
+    for metrics in run.epochs(on_step, wants_pause, save):
+        save()
+        keeper.wait()  # what is reported stays done, whatever comes
+        ray.train.report(run.facts() | metrics | {"notes": notes})
+        notes = []
+
+
+def step_observers(settings: dict[str, Any], run: fit.Run, watchdog: Watchdog) -> Callable[[int, int], None]:
+    """Return what is told of each step: the watchdog, and on rank 0 the bar, if somebody sees it."""
+    count = run.ignore_step
+    if settings["show_bar"] and run.rank.rank == 0:
+        count = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
+
+    def on_step(epoch: int, step: int) -> None:
+        watchdog.beat()
+        count(epoch, step)
+
+    return on_step
+
+
+def leave_stacks(storage: Storage, folder: tuple[str, ...], stacks: str) -> None:
+    """Write down where this rank hangs, then wait a little: the first to end takes the others with it."""
+    context = ray.train.get_context()
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-rank-{context.get_world_rank():04d}.txt"
+    storage.write_bytes(stacks.encode(), *folder, STACKS_FOLDER, name)
+    time.sleep(SECONDS_FOR_OTHERS)
 
 
 def prepare_process(threads: int) -> None:
@@ -114,26 +168,24 @@ def wrap(model: nn.Module, precision: str) -> tuple[nn.Module, str]:
     return prepared, dist.get_backend()
 
 
-def restore_latest(run: fit.Run) -> int | None:
-    """Continue from the latest checkpoint if there is one; return the epoch that it was made after."""
-    latest = ray.train.get_checkpoint()
-    if latest is None:
-        return None
-    with latest.as_directory() as folder:
-        run.restore(checkpoint.files_of(Path(folder)))
-    return run.epochs_done
+def restore_newest(run: fit.Run, keeper: Keeper) -> tuple[int | None, list[str]]:
+    """Continue from the newest checkpoint that is whole; return the epoch that it was made in or after, and notes.
 
-
-def report(run: fit.Run, metrics: Metrics) -> None:
-    """Hand the epoch to Ray Train; it is a barrier, so every rank calls it. Rank 0 brings the checkpoint."""
-    scored = run.facts() | metrics | {"checkpoint_score": checkpoint_score(metrics)}
-    with ExitStack() as stack:
-        attached = None
-        if run.rank.rank == 0:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            checkpoint.save(Path(folder), run.encode())
-            attached = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(scored, checkpoint=attached, checkpoint_dir_name=f"epoch-{run.epochs_done:04d}")
+    Rank 0 chooses for all; damaged ones that are newer go, for the run takes another course from there.
+    """
+    chosen: list[Any] = [None]
+    notes: list[str] = []
+    if run.rank.rank == 0:
+        chosen[0], notes = keeper.newest_whole()
+        for name in keeper.names():
+            if chosen[0] is None or (place_of(name) or (0, 0)) > (place_of(chosen[0]) or (0, 0)):
+                keeper.remove(name)
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, device=run.rank.device)
+    if chosen[0] is None:
+        return None, [*notes, "no checkpoint is whole: the run starts anew"] if notes else []
+    run.restore(keeper.reader(chosen[0]))
+    return run.epochs_done, [*notes, f"goes on from checkpoint {chosen[0]}"]
 
 
 def check_equal_steps(config: TrainConfig, rows: fit.Rows, rank: fit.Rank) -> None:

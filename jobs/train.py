@@ -3,10 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fashion import cli, config
-from fashion.config import ScaleConfig, TrainConfig, UserError
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
 
 PROG = "python -m jobs.train"
 
@@ -23,10 +23,13 @@ class Flags:
     """Name of the run; made from preset and time if empty."""
     resume: bool = False
     """Continue --run-id from its latest checkpoint, with the settings that it was started with."""
+    start_or_resume: bool = False
+    """Continue --run-id if it was started, else start it: the same command for every try."""
     mlflow: str = ""
     """Address of an MLflow tracking server that is told each epoch as well, as in http://127.0.0.1:5000."""
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         if self.run_id:
@@ -35,7 +38,11 @@ class Flags:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print the result."""
-    flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=starting_point(argv))
+    stored = stored_run(argv)
+    default = (
+        Flags(train=config.preset(cli.peek(argv, "--preset")["--preset"] or "default")) if stored is None else stored
+    )
+    flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     from fashion import summary, trainer
     from fashion.storage import open_storage
 
@@ -47,8 +54,9 @@ def main(argv: Sequence[str]) -> None:
             run_id,
             flags.train,
             flags.scale,
+            faults=flags.faults,
             source=flags.source,
-            resume=flags.resume,
+            resume=stored is not None,
             mlflow=flags.mlflow,
             announce=lambda plan: summary.print_plan(run_id, storage.uri, plan),
         )
@@ -58,19 +66,21 @@ def main(argv: Sequence[str]) -> None:
     summary.print_result(done.run_id, done.row, done.paths, was_finished=done.was_finished)
 
 
-def starting_point(argv: Sequence[str]) -> Flags:
-    """Return the defaults that the flags override: the preset's, or with `--resume` the stored run's."""
-    early = cli.peek(argv, "--preset", "--run-id", "--storage", "--resume")
-    if early["--resume"] is None:
-        return Flags(train=config.preset(early["--preset"] or "default"))
+def stored_run(argv: Sequence[str]) -> Flags | None:
+    """Return the settings of the run that is to go on, which the flags may repeat; None for a new run."""
+    early = cli.peek(argv, "--run-id", "--storage", "--resume", "--start-or-resume")
+    asked = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
+    if asked is None:
+        return None
     if not early["--run-id"]:
-        raise UserError("--resume needs --run-id with the name of the run to continue")
+        raise UserError(f"{asked} needs --run-id with the name of the run to continue")
     from fashion import report
     from fashion.storage import open_storage
 
     storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-    stored = report.stored_config(storage, early["--run-id"])
-    return replace(Flags(), train=stored)
+    if asked == "--start-or-resume" and report.find_run(storage, early["--run-id"]) is None:
+        return None
+    return Flags(train=report.stored_config(storage, early["--run-id"]))
 
 
 if __name__ == "__main__":

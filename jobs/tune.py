@@ -26,6 +26,8 @@ class Flags:
     """Name of the search; made from the time if empty."""
     resume: bool = False
     """Continue --search-id, with the settings that it was started with."""
+    start_or_resume: bool = False
+    """Continue --search-id if it was started, else start it: the same command for every try."""
     refit: bool = False
     """Afterwards train the winner on all 60,000 rows and evaluate it once on test."""
     mlflow: str = ""
@@ -57,7 +59,9 @@ class Flags:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, search, print the result."""
-    flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=starting_point(argv))
+    stored = stored_search(argv)
+    default = new_search(argv) if stored is None else stored
+    flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     base = flags.base()
     from fashion import search, summary
@@ -72,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
             base,
             flags.scale,
             source=flags.source,
-            resume=flags.resume,
+            resume=stored is not None,
             refit=flags.refit,
             mlflow=flags.mlflow,
             announce=lambda plan: summary.print_search_plan(search_id, storage.uri, plan),
@@ -86,18 +90,26 @@ def main(argv: Sequence[str]) -> None:
     summary.print_search(search_id, flags.space, found, storage)
 
 
-def starting_point(argv: Sequence[str]) -> Flags:
-    """Return the defaults that the flags override: the preset's, or with `--resume` the stored search's."""
-    early = cli.peek(argv, "--preset", "--search-id", "--storage", "--resume")
-    if early["--resume"] is None:
-        preset = config.preset(early["--preset"] or "default")
-        return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows)
+def new_search(argv: Sequence[str]) -> Flags:
+    """Return the defaults of a new search: those of the preset."""
+    preset = config.preset(cli.peek(argv, "--preset")["--preset"] or "default")
+    return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows)
+
+
+def stored_search(argv: Sequence[str]) -> Flags | None:
+    """Return the settings of the search that is to go on, which the flags may repeat; None for a new search."""
+    early = cli.peek(argv, "--search-id", "--storage", "--resume", "--start-or-resume")
+    asked = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
+    if asked is None:
+        return None
     if not early["--search-id"]:
-        raise UserError("--resume needs --search-id with the name of the search to continue")
+        raise UserError(f"{asked} needs --search-id with the name of the search to continue")
     from fashion import ledger
     from fashion.storage import open_storage
 
     storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
+    if asked == "--start-or-resume" and not storage.exists(*ledger.state_place(early["--search-id"])):
+        return None
     space, base = ledger.stored_settings(storage, early["--search-id"])
     return Flags(
         preset=base.preset,

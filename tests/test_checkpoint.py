@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import torch
 from torch import nn
 
 from fashion import checkpoint
-from fashion.checkpoint import DamagedCheckpoint
+from fashion.checkpoint import DamagedCheckpoint, OtherVersion
+from fashion.keeper import Keeper
+from fashion.storage import open_storage
+
+PROGRESS = {"format": 3, "history": [{"epoch": 1}]}
+
+
+def reader(folder: Path) -> Callable[[str], bytes]:
+    """Return what reads a file of the checkpoint in `folder`, as `keeper` does."""
+    return Keeper(open_storage(str(folder.parent)), (), newest=1).reader(folder.name)
 
 
 def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -32,14 +42,15 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     step(model, optimizer)
     folder = tmp_path / "epoch-0001"
     folder.mkdir()
-    checkpoint.save(folder, checkpoint.encode(model, optimizer, {"history": [{"epoch": 1}]}))
+    for name, content in checkpoint.encode(model, optimizer, PROGRESS).items():
+        (folder / name).write_bytes(content)
     return folder, model, optimizer
 
 
 def test_a_restored_run_goes_on_to_the_bit(saved: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = saved
     other, other_optimizer = make(1)
-    assert checkpoint.restore(checkpoint.files_of(folder), other, other_optimizer) == {"history": [{"epoch": 1}]}
+    assert checkpoint.restore(reader(folder), other, other_optimizer, form=3) == PROGRESS
     for pair in ((model, optimizer), (other, other_optimizer)):
         step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -62,8 +73,13 @@ def test_damage_is_noticed_before_anything_is_believed(saved: tuple[Path, Any, A
     model, optimizer = make(1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(DamagedCheckpoint):
-        checkpoint.restore(checkpoint.files_of(saved[0]), model, optimizer)
+        checkpoint.restore(reader(saved[0]), model, optimizer, form=3)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_another_form_is_told_from_damage(saved: tuple[Path, Any, Any]) -> None:
+    with pytest.raises(OtherVersion, match="the checkpoint has form 3 and this code reads 4"):
+        checkpoint.restore(reader(saved[0]), *make(1), form=4)
 
 
 class Trap:
@@ -87,5 +103,5 @@ def test_a_booby_trapped_optimizer_state_does_not_run(
     (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_of(files))
     model, optimizer = make(1)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        checkpoint.restore(checkpoint.files_of(folder), model, optimizer)
+        checkpoint.restore(reader(folder), model, optimizer, form=3)
     assert not Path("sprung").exists()

@@ -1,6 +1,5 @@
 """The files for clusters: versions are those of the lock file, Ray takes them, `ray up` brings a cluster up."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,8 +15,9 @@ import yaml
 from conftest import ROOT, wait_for
 from hosts import Hosts
 
-from fashion import config, report
+from fashion import cli, config, report
 from fashion.storage import Storage
+from jobs import train
 
 LAUNCHER, KUBERAY = ROOT / "cluster.yaml", ROOT / "jobs" / "rayjob.yaml"
 # What in the launcher's file belongs to AWS; the rest stands in the tests as it stands there.
@@ -112,32 +112,14 @@ def test_a_rayjob_is_tried_again_ends_and_leaves_nothing() -> None:
     assert unexplained(KUBERAY, spec, "  ") == ["rayClusterSpec"], "it is explained line by line"
 
 
-@pytest.mark.commands
-def test_a_rayjob_started_again_resumes_its_run(tmp_path: Path) -> None:
-    """As Ray runs it: quoted by `ray job submit`, then read by a shell on the head."""
-    entrypoint = load(KUBERAY)["spec"]["entrypoint"]
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FASHION_STORAGE": str(tmp_path)}
-
-    def run() -> list[str]:
-        words = subprocess.run(
-            ["bash", "-c", f'printf "%s\\n" {entrypoint}'], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        command = subprocess.list2cmdline(words)
-        return subprocess.run(
-            command, shell=True, capture_output=True, text=True, env=variables, check=True
-        ).stdout.split()
-
-    first = run()
-    assert first[:4] == ["-m", "jobs.train", "--run-id", "mine"]
-    assert "--resume" not in first
-    (tmp_path / "reports" / "runs" / "run_id=mine").mkdir(parents=True)
-    assert run() == [*first, "--resume"]
+def test_a_rayjob_started_again_resumes_its_run() -> None:
+    python, module, job, *words = load(KUBERAY)["spec"]["entrypoint"].split()
+    assert (python, module, job) == ("python", "-m", "jobs.train")
+    assert {"--start-or-resume", "--run-id"} <= set(words)
+    flags = cli.parse(train.Flags, words, prog=train.PROG, description="", default=train.Flags())
+    flags.scale.check_batch(flags.train.global_batch_size)
     workers = load(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    scale = config.ScaleConfig(num_workers=first[first.index("--num-workers") + 1])
-    scale.check_batch(config.preset("default").global_batch_size)
-    assert scale.worker_range[1] == workers["minReplicas"]
+    assert flags.scale.worker_range == (workers["minReplicas"], workers["maxReplicas"])
 
 
 # --- the launcher -------------------------------------------------------------------------------------------------

@@ -8,7 +8,58 @@ import torch
 from numpy.typing import NDArray
 
 from fashion import fit, loop, synthetic
-from fashion.config import TrainConfig
+from fashion.config import Depth, TrainConfig
+from fashion.metrics import Metrics
+
+
+def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100) -> fit.Run:
+    """Return a run at its start, on the stand-in."""
+    images, labels = tensors(synthetic.draw(num_train_rows, seed=10))
+    val = tensors(synthetic.draw(num_val_rows, seed=11))
+    pixels = images.float() / 255
+    batches = fit.resident_batches(config, images, labels, fit.Rank(), config.steps_per_epoch(len(labels)))
+    rows = fit.Rows(batches, val, len(labels), len(val[1]), float(pixels.mean()), float(pixels.std()))
+    return fit.Run(config, rows, fit.Rank(), wrap=lambda network, precision: (network, "none"))
+
+
+def without_times(history: list[Metrics]) -> list[Metrics]:
+    return [{key: value for key, value in metrics.items() if not key.endswith("_s")} for metrics in history]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["vgg", "deep-bn"])
+def test_a_run_that_goes_on_within_an_epoch_ends_with_the_same_bits(one_thread: None, depth: Depth) -> None:
+    """Everything that draws at random is on, and statistics of batch normalisation are in mid-flow."""
+    config = TrainConfig(
+        preset="smoke", epochs=2, global_batch_size=8, dropout_conv=0.1, dropout_fc=0.2, shift=1, depth=depth
+    )
+    whole = run_of(config, 160)
+    saved: dict[tuple[int, int], dict[str, bytes]] = {}
+
+    def save() -> None:
+        saved[whole.epochs_done, whole.step] = whole.encode()
+
+    history = list(whole.epochs(wants_pause=lambda: True, on_pause=save))
+    assert list(saved) == [(0, 10), (0, 20), (1, 10), (1, 20)], "a look every ten steps of twenty"
+    for place, files in saved.items():
+        again = run_of(config, 160)
+        again.restore(files.__getitem__)
+        assert (again.epochs_done, again.step) == place
+        assert len(list(again.epochs())) == 2 - place[0]
+        assert without_times(again.history) == without_times(history)
+        for (name, one), other in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_another_number_of_workers_takes_over_all_that_was_counted() -> None:
+    before = [loop.Position(30, 1.5, 200, 240, 9.0, 0.1, ("x",)), loop.Position(30, 2.25, 210, 240, 9.0, 0.2, ("y",))]
+    assert [loop.own_position(before, rank, 2) for rank in (0, 1)] == before
+    after = [loop.own_position(before, rank, 3) for rank in (0, 1, 2)]
+    assert [position.step for position in after] == [30, 30, 30]
+    assert sum(position.num_rows for position in after) == 480
+    assert sum(position.num_correct for position in after) == 410
+    assert sum(position.loss_sum for position in after) == 3.75
+    assert all(not position.states for position in after)
 
 
 def tensors(rows: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> loop.Batch:
@@ -30,11 +81,6 @@ def one_thread() -> Iterator[None]:
 def test_the_network_learns_the_stand_in_but_not_fully(one_thread: None) -> None:
     """It must not be so easy that a broken recipe passes, nor so hard that a good one fails."""
     config = TrainConfig(preset="smoke", epochs=2, global_batch_size=50)
-    images, labels = tensors(synthetic.draw(1200, seed=10))
-    val = tensors(synthetic.draw(500, seed=11))
-    pixels = images.float() / 255
-    batches = fit.resident_batches(config, images, labels, fit.Rank(), config.steps_per_epoch(len(labels)))
-    rows = fit.Rows(batches, val, len(labels), len(val[1]), float(pixels.mean()), float(pixels.std()))
-    history = list(fit.Run(config, rows, fit.Rank(), wrap=lambda network, precision: (network, "none")).epochs())
+    history = list(run_of(config, 1200, num_val_rows=500).epochs())
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert 0.75 < history[-1]["val_accuracy"] < 0.95, history[-1]

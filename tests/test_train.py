@@ -1,5 +1,6 @@
 """Runs on Ray: every row counted for any number of workers, the same bits for the same seed, honest failures."""
 
+import json
 import os
 import shutil
 import signal
@@ -21,8 +22,9 @@ from torch import Tensor
 
 import jobs.train
 from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
-from fashion.config import ScaleConfig, TrainConfig, UserError, flag, preset
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.fit import build_model
+from fashion.keeper import name_of
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
@@ -73,8 +75,12 @@ def train(storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig
 
 def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a run's chosen checkpoint."""
-    folder = Path(storage.path(row["checkpoint"]))
-    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
+    return weights_at(storage, row["checkpoint"])
+
+
+def weights_at(storage: Storage, folder: str) -> dict[str, Tensor]:
+    """Return the weights of the checkpoint in `folder`."""
+    return checkpoint.load_weights(storage.read_bytes(folder, checkpoint.WEIGHTS))
 
 
 def test_all_threads_of_a_worker_share_one_heap(ray_cluster: None) -> None:
@@ -204,8 +210,7 @@ def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None
 def fit_last(storage: Storage, run_id: str, config: TrainConfig, num_workers: int) -> dict[str, Tensor]:
     """Train; return the weights after the last step, which need not be the chosen ones."""
     fit(storage, run_id, config, num_workers)
-    folder = Path(storage.path("runs", run_id, f"epoch-{config.epochs:04d}"))
-    return checkpoint.load_weights(checkpoint.files_of(folder)(checkpoint.WEIGHTS))
+    return weights_at(storage, f"runs/{run_id}/epoch-{config.epochs:04d}")
 
 
 def fit_first(config: TrainConfig) -> dict[str, Tensor]:
@@ -375,14 +380,17 @@ def test_an_interruption_has_the_time_it_needs() -> None:
     assert signal.alarm(0) == 0, "no alarm was left"
 
 
-def test_a_worker_that_fails_becomes_a_row_with_the_reason(trained: trainer.Finished, storage: Storage) -> None:
-    """A checkpoint with a flipped bit is refused by the worker that loads it."""
-    newest = Path(storage.path("runs", "whole", f"epoch-{RANDOM.epochs:04d}", checkpoint.OPTIMIZER))
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer.Finished, storage: Storage) -> None:
+    """A whole checkpoint of another form is no damage: nothing is trained over it."""
+    place = f"runs/whole/{name_of(RANDOM.epochs)}"
+    progress = json.loads(storage.read_bytes(place, checkpoint.PROGRESS)) | {"format": 99}
+    files = {name: storage.read_bytes(place, name) for name in checkpoint.FILES}
+    files[checkpoint.PROGRESS] = json.dumps(progress).encode()
+    for name, content in files.items() | {(checkpoint.MANIFEST, checkpoint.manifest_of(files).encode())}:
+        storage.write_bytes(content, place, name)
     manifest = data.load_manifest(storage)
     plan = cluster.make_plan(RANDOM, scale(1), manifest)
-    row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest))
+    faults = FaultConfig(max_failures=0)
+    row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest, faults=faults))
     assert row["status"] == "failed"
-    assert "checkpoint file optimizer.pt differs from its sum" in row["error"]
+    assert "the checkpoint has form 99 and this code reads 3" in row["error"]
