@@ -9,6 +9,7 @@ The file system is shared, as an NFS mount would be, apart from /etc/hosts, whic
 address as Debian does, the home folder, /run and /dev/shm.
 """
 
+import contextlib
 import functools
 import os
 import secrets
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -230,7 +230,8 @@ class Hosts:
     def kill(self, host: Host) -> None:
         """Cut the host's power: every process of it is gone at once."""
         if host.init is not None:
-            os.kill(host.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(host.pid, signal.SIGKILL)
             host.init.wait()
         if host.ray is not None:
             host.ray.wait()
@@ -261,6 +262,7 @@ def start_init(host: Host) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # unshare complains when it is killed
         text=True,
+        start_new_session=True,  # Ctrl-C is for the tests, which then take the hosts down
     )
     assert host.init.stdout is not None
     assert host.init.stdout.readline() == "ready\n", "init did not come up"
@@ -274,7 +276,7 @@ def call(*command: str) -> None:
     assert done.returncode == 0, (command, done.stderr)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_hosts(count: int) -> Iterator[Hosts]:
     """Yield `count` hosts that are up, without Ray; nothing of them is left afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))  # paths of Ray's sockets must be short
@@ -300,7 +302,7 @@ def open_hosts(count: int) -> Iterator[Hosts]:
         shutil.rmtree(folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_cluster(count: int) -> Iterator[Hosts]:
     """Yield `count` hosts with a Ray node each, of one CPU; the first is the head."""
     with open_hosts(count) as hosts:
