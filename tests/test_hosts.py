@@ -132,7 +132,7 @@ def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: 
 
 
 def test_a_host_that_dies_costs_a_run_one_epoch(whole: Hosts, tiny_storage: Storage) -> None:
-    """Needs `--max-failures`, whose default lets a run of fixed width go on; after the test of the unbroken run."""
+    """After the test of the unbroken run, which it is compared with."""
     job = start(whole, "struck", "jobs.train", *train_flags(tiny_storage, "struck"))
     wait_for(lambda: report.read_table(tiny_storage, "epochs", "struck"), "first epoch")
     kill_one_of(whole, "ray::RayTrainWorker")
