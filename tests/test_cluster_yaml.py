@@ -166,11 +166,16 @@ def launcher_for(machines: Hosts, key: Path, storage: Storage) -> dict[str, Any]
 @pytest.fixture
 def machines() -> Iterator[Hosts]:
     """Three hosts without Ray: whoever launches, the head to be, and a worker to be."""
-    before = set(Path("/tmp").glob("ray_ssh_*/*"))
+    before = launchers_files()
     with hosts.open_hosts(3) as made:
         yield made
-    for folder in set(Path("/tmp").glob("ray_ssh_*/*")) - before:  # where Ray's SSH connections are shared
-        shutil.rmtree(folder)
+    for path in launchers_files() - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def launchers_files() -> set[Path]:
+    """Return what Ray's launcher leaves in /tmp: sockets of shared SSH connections, and configurations that it keeps."""
+    return {path for pattern in ("ray_ssh_*/*", "ray-config-*") for path in Path("/tmp").glob(pattern)}
 
 
 @pytest.mark.hosts
