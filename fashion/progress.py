@@ -111,8 +111,8 @@ class Bar:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar."""
-        self._bar.console.print(line, highlight=False, soft_wrap=True)
+        """Print a line, above the bar, as it is: errors that it quotes hold brackets, which are no markup of rich."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _move(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):

@@ -21,6 +21,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from fashion.network import NetworkConfig
+
 # The controller looks at its workers this often (Ray's default is 2 s); each epoch's report waits for a look.
 HEALTH_CHECK_INTERVAL_S = 0.5
 CONTROLLERS_OWN = (HEALTH_CHECK_INTERVAL_S_ENV_VAR, ENABLE_PREEMPTION_WATCHER_ENV_VAR)
@@ -104,6 +106,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     """
 
     _cancel: Callable[[], Any] = staticmethod(lambda: None)
+
+    def __init__(self, train_loop_per_worker: Callable[[dict[str, Any]], Any], **arguments: Any) -> None:
+        super().__init__(train_loop_per_worker, **({"torch_config": NetworkConfig()} | arguments))
 
     def _create_default_callbacks(self) -> list[Any]:
         unneeded = (

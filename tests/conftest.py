@@ -5,8 +5,10 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,18 @@ def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
     return small_archives
 
 
+@pytest.fixture(scope="session")
+def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with 500 training and 200 test rows that other processes find prepared, as if official."""
+    archives = tmp_path_factory.mktemp("archives")
+    synthetic.write_archives(archives, num_train_rows=600, num_test_rows=200)
+    storage = open_storage(str(tmp_path_factory.mktemp("tiny")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
+        data.prepare(storage, str(archives), val_rows=100)
+    return storage
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     """An empty storage."""
@@ -79,6 +93,14 @@ def ray_cluster() -> Iterator[None]:
     cluster.connect(num_cpus=2)
     yield
     ray.shutdown()
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> None:
+    """Wait until `condition()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
+        time.sleep(0.3)
 
 
 def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

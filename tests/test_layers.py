@@ -56,6 +56,7 @@ LAYERS: dict[str, list[str]] = {
         "bench.trials",
         "cluster",
         "evaluation",
+        "network",
         "progress",
         "search",
         "strategy",

@@ -25,6 +25,7 @@ from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.fit import build_model
 from fashion.keeper import name_of
+from fashion.progress import Bar
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
@@ -394,3 +395,10 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest, faults=faults))
     assert row["status"] == "failed"
     assert "the checkpoint has form 99 and this code reads 3" in row["error"]
+
+
+def test_a_line_may_quote_what_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "worker 0 failed: RuntimeError: [/__w/gloo/pair.cc:561] Connection closed by peer [10.77.0.2]:21720"
+    with Bar("quoted", 1) as bar:
+        bar.say(line)
+    assert capsys.readouterr().out.strip() == line
