@@ -81,8 +81,8 @@ bench: setup ## Measure the job side by side with its alternatives
 	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)
 
 test: setup ## Run all tests: first the quick ones
-	@.venv/bin/python -m pytest -m "not slow and not commands and not ray and not cluster and not hosts"
-	@.venv/bin/python -m pytest -m "slow or commands or ray or cluster or hosts"
+	@.venv/bin/python -m pytest -m "not slow and not commands and not ray and not cluster and not hosts and not faults"
+	@.venv/bin/python -m pytest -m "slow or commands or ray or cluster or hosts or faults"
 
 check: setup ## Lint, format check, types; writes nothing
 	@.venv/bin/ruff check .
