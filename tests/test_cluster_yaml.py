@@ -174,7 +174,7 @@ def machines() -> Iterator[Hosts]:
 
 
 def launchers_files() -> set[Path]:
-    """Return what Ray's launcher leaves in /tmp: sockets of shared SSH connections, and configurations that it keeps."""
+    """Return what Ray's launcher leaves in /tmp: sockets of shared SSH connections, and configurations it keeps."""
     return {path for pattern in ("ray_ssh_*/*", "ray-config-*") for path in Path("/tmp").glob(pattern)}
 
 
