@@ -29,6 +29,7 @@ from fashion.ledger import (
     write_state,
 )
 from fashion.metrics import TIMES, Metrics
+from fashion.preflight import check_every_node_sees
 from fashion.space import SearchConfig, SearchScale
 from fashion.storage import Storage
 from fashion.strategy import Points, replayed, sampler_of, trial_name, waiting
@@ -94,6 +95,7 @@ def search(
         if not resume:
             check_new_search(storage, search_id)  # somebody may have had the name until now
         cluster.connect()
+        check_every_node_sees(storage)
         plan = cluster.make_search_plan(config, base, scale, manifest)
         announce(plan)
         identity = trainer.identity_columns(base, manifest)

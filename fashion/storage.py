@@ -12,6 +12,14 @@ from pyarrow import fs as pafs
 
 from fashion.config import UserError, require
 
+# The first look at a store of the S3 kind. pyarrow's own patience, ten tries of growing length, is right in the middle
+# of a run; a wrong address would cost a minute and a half of it, before the first word. These come to 40 s at most.
+FIRST_LOOK = {
+    "connect_timeout": 5.0,
+    "request_timeout": 5.0,
+    "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+}
+
 MAX_ROWS = 1_000_000
 """Rows that a Parquet file may promise: sixteen times what the largest of ours holds."""
 
@@ -88,7 +96,8 @@ class Storage:
     def check_writable(self, *folders: str) -> None:
         """Raise `UserError` unless files can be written in `folders` below the root, or in the root if none is named.
 
-        A folder that does not exist yet counts as the nearest one above it. Leaves nothing behind, not even a folder.
+        A folder that does not exist yet counts as the nearest one above it. Leaves nothing behind, not even a folder;
+        in an object store, at most the empty object by which pyarrow remembers that the root is one.
         """
         try:
             if isinstance(self.fs, pafs.LocalFileSystem):
@@ -119,7 +128,8 @@ def nearest_folder(path: Path) -> Path:
 def open_storage(uri: str) -> Storage:
     """Open `uri`, a local path or a URI; raises `UserError` if it is a file, closed or nothing that pyarrow knows.
 
-    Nothing is created: see `Storage.check_writable`.
+    A store that refuses, or that does not answer, is one of those, and so is a bucket that does not exist. Nothing is
+    created: see `Storage.check_writable`.
     """
     if "://" not in uri:
         path = Path(uri).expanduser().absolute()
@@ -134,15 +144,29 @@ def open_storage(uri: str) -> Storage:
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
         root = root.rstrip("/")
-        is_file = filesystem.get_file_info(root).type == pafs.FileType.File
+        bucket, found = impatient(filesystem).get_file_info([root.partition("/")[0] or "/", root or "/"])
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--storage {uri} cannot be opened ({reason}); use a path, or a URI such as s3://..."
-        ) from error
-    if is_file:
+        way_out = "use a path, or a URI such as s3://..."
+        if isinstance(error, OSError):
+            way_out = "see to its address, the credentials and the server, or use a path"
+        raise UserError(f"--storage {uri} cannot be opened ({reason}); {way_out}") from error
+    if found.type == pafs.FileType.File:
         raise UserError(f"--storage {uri} is a file; name a folder")
+    if isinstance(filesystem, pafs.S3FileSystem):
+        require(root, f"--storage {uri} names no bucket; use s3://BUCKET/FOLDER")
+        # In a bucket that is not there, whatever is looked for is merely missing: the first write would find it out.
+        there = bucket.type != pafs.FileType.NotFound
+        require(there, f"--storage {uri} is in bucket {bucket.path}, which does not exist; make it, or name another")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)
+
+
+def impatient(filesystem: pafs.FileSystem) -> pafs.FileSystem:
+    """Return the same file system for the `FIRST_LOOK`; a URI has no words for patience."""
+    if not isinstance(filesystem, pafs.S3FileSystem):
+        return filesystem
+    rebuild, (options,) = filesystem.__reduce__()  # what it is pickled as holds all that the URI said
+    return rebuild(options | FIRST_LOOK)
 
 
 def read_parquet(source: bytes | pa.NativeFile) -> pa.Table:

@@ -22,6 +22,7 @@ from fashion.config import FaultConfig, ScaleConfig, TrainConfig
 from fashion.keeper import name_of
 from fashion.metrics import best_epoch, epoch_rows, summarise
 from fashion.model import NUM_PARAMETERS
+from fashion.preflight import check_every_node_sees
 from fashion.progress import Bar, EpochReporter, last_line
 from fashion.storage import Storage
 from fashion.torch_trainer import Trainer
@@ -102,6 +103,7 @@ def train(
         if resume:
             report.warn_of_other_code(run_id, earlier)
         cluster.connect()
+        check_every_node_sees(storage)
         plan = cluster.make_plan(config, scale, manifest)
         announce(plan)
         for split in data.SPLITS:

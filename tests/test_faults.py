@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ def prepare_small(storage: Storage, archives: Path) -> None:
 class Driver:
     """`jobs.train` as a process, and all that it starts."""
 
-    def __init__(self, storage: Storage, run_id: str, *flags: str) -> None:
+    def __init__(self, storage: Storage, run_id: str, *flags: str, recipe: Sequence[str] = RECIPE) -> None:
         command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", run_id]
         self.process = subprocess.Popen(
-            [*command, *RECIPE, *flags],
+            [*command, *recipe, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

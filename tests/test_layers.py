@@ -57,6 +57,7 @@ LAYERS: dict[str, list[str]] = {
         "cluster",
         "evaluation",
         "network",
+        "preflight",
         "progress",
         "search",
         "strategy",

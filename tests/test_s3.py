@@ -1,0 +1,259 @@
+"""An `s3://` storage, spoken to over HTTP: moto's server, a process of its own, on a port of this machine.
+
+`MOTO_SERVER` names its command, in an environment of its own: `uv tool install 'moto[server]==5.2.5'`. botocore, which
+it is built on, wants an older python-dateutil than `uv.lock` has. One that happens to be on the PATH is not taken: with
+a 5.2.1 that was there, pyarrow took the end of every upload for a failure.
+"""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_refused, run_job, wait_for
+from pyarrow import fs as pafs
+from test_faults import EPOCHS, Driver, outcome, prepare_small
+
+from fashion import report
+from fashion.claim import Claim
+from fashion.config import UserError
+from fashion.keeper import Keeper
+from fashion.storage import Storage, open_storage
+
+SERVER = os.environ.get("MOTO_SERVER", "")
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not SERVER, reason="MOTO_SERVER names no server; uv tool install 'moto[server]==5.2.5'"),
+]
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+# Everything that draws at random is on; 16 steps an epoch.
+RECIPE = [
+    *("--preset=smoke", "--epochs=2", "--max-train-rows=256", "--global-batch-size=16", "--num-workers=2"),
+    *("--dropout-conv=0.05", "--dropout-fc=0.1", "--flip=random", "--shift=1"),
+    *("--start-or-resume", "--checkpoint-every-s=2"),
+]
+# A mistake in --storage is told within so many seconds, the start of the command included.
+TOLD_WITHIN_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def uri_of(port: int, place: str) -> str:
+    return f"s3://{place}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+
+
+@contextmanager
+def server(**environment: str) -> Iterator[int]:
+    """Run a server; gives its port."""
+    port = free_port()
+    process = subprocess.Popen(
+        [SERVER, "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None, f"{SERVER} ended by itself"
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_for(answers, "server")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """A server with the bucket `bucket`, and its keys in the environment."""
+    with pytest.MonkeyPatch.context() as patch, server() as port:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        make_bucket(port, "bucket")
+        yield port
+
+
+def make_bucket(port: int, name: str) -> None:
+    store = pafs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    store.create_dir(name)
+
+
+@pytest.fixture(params=["folder", "a folder/with spaces", ""])
+def place(request: pytest.FixtureRequest, port: int) -> Storage:
+    """A storage in a bucket of its own, down to the bucket itself."""
+    bucket = f"unit-{time.monotonic_ns()}"
+    make_bucket(port, bucket)
+    return open_storage(uri_of(port, "/".join(filter(None, (bucket, request.param.replace(" ", "%20"))))))
+
+
+# --- the storage itself ---------------------------------------------------------------------------------------------
+
+
+def test_files_come_and_go_as_in_a_folder(place: Storage) -> None:
+    assert place.list() == place.list("runs") == []
+    place.check_writable("runs", "reports")
+    assert place.list() == []
+    assert not place.exists("runs")
+    with pytest.raises(FileNotFoundError):
+        place.read_bytes("runs", "one", "no such file")
+    for name in ("a file", "b+c=d&e.txt"):
+        place.write_bytes(name.encode(), "runs", "one of them", name)
+    place.write_bytes(b"old", "runs", "two", "file")
+    place.write_bytes(b"new", "runs", "two", "file")
+    assert place.read_bytes("runs", "two", "file") == b"new"
+    assert place.list("runs") == ["one of them", "two"]
+    assert place.list("runs", "one of them") == ["a file", "b+c=d&e.txt"]
+    assert place.read_bytes("runs", "one of them", "b+c=d&e.txt") == b"b+c=d&e.txt"
+    place.delete_folder("runs", "one of them")
+    place.delete_folder("runs", "one of them")
+    assert not place.exists("runs", "one of them")
+    assert place.exists("runs", "two")
+    assert place.list("runs") == ["two"]
+
+
+def test_a_file_is_no_storage(port: int) -> None:
+    open_storage(uri_of(port, "bucket/files")).write_bytes(b"", "file")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        open_storage(uri_of(port, "bucket/files/file"))
+
+
+def test_it_shows_a_place_as_a_uri_that_opens(place: Storage) -> None:
+    place.write_bytes(b"here", "runs", "file")
+    assert open_storage(place.show("runs")).read_bytes("file") == b"here"
+
+
+def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
+    place = open_storage(uri_of(port, "bucket/claims"))
+
+    def claim() -> Claim:
+        return Claim(place, "runs", "mine", "--run-id", beat_s=1.0)
+
+    with claim():
+        owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
+        with pytest.raises(UserError, match=owner), claim():
+            pass
+    assert not place.exists("runs", ".claims", "mine")
+    claim()._write(7)  # of somebody who was killed
+    with claim():
+        pass
+
+
+# --- what is wrong is told before anything is trained ---------------------------------------------------------------
+
+
+def refused_in_time(uri: str, told: str, **environment: str) -> None:
+    started = time.monotonic()
+    done = run_job("jobs.train", "--storage", uri, "--run-id", "never", "--preset", "smoke", **environment)
+    took = time.monotonic() - started
+    assert_refused(done, told)
+    assert done.stderr.startswith(f"error: --storage {uri} ")
+    assert took < TOLD_WITHIN_S
+    print(f"{took:.1f} s: {done.stderr.strip()}")
+
+
+def test_a_missing_bucket_is_told(port: int) -> None:
+    refused_in_time(uri_of(port, "nowhere/results"), "is in bucket nowhere, which does not exist; make it")
+
+
+def test_no_bucket_is_told(port: int) -> None:
+    with pytest.raises(UserError, match="names no bucket; use s3://BUCKET/FOLDER"):
+        open_storage(uri_of(port, ""))
+
+
+def test_refused_permission_is_told() -> None:
+    """This server takes only keys that it gave out, and ours it did not."""
+    with server(INITIAL_NO_AUTH_ACTION_COUNT="0") as strict:
+        refused_in_time(uri_of(strict, "bucket/results"), "ACCESS_DENIED", **KEYS)
+
+
+def test_a_closed_port_is_told() -> None:
+    refused_in_time(uri_of(free_port(), "bucket/results"), "Could not connect to server", **KEYS)
+
+
+def test_a_server_that_never_answers_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        refused_in_time(uri_of(silent.getsockname()[1], "bucket/results"), "Timeout was reached", **KEYS)
+
+
+# --- the whole flow -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def remote(port: int, small_archives: Path) -> Storage:
+    storage = open_storage(uri_of(port, "bucket/whole%20flow"))
+    prepare_small(storage, small_archives)
+    return storage
+
+
+def test_a_killed_run_goes_on_to_the_same_bits_as_an_unbroken_one_in_a_folder(
+    remote: Storage, small_archives: Path, tmp_path: Path
+) -> None:
+    done = run_job("jobs.prepare", "--storage", remote.uri, "--source", "auto", "--val-rows", "100")
+    assert "already prepared" in done.stdout, done.stderr
+    first = Driver(remote, "one", recipe=RECIPE)
+    first.wait_for(first.workers)
+    owner = f"--run-id one is in use by process {first.process.pid} of"
+    with pytest.raises(UserError, match=owner), Claim(remote, "runs", "one", "--run-id", beat_s=2.0):
+        pass  # it renews its note each 5 s, and is watched for 6
+    keeper = Keeper(remote, ("runs", "one"), newest=2)
+    first.wait_for(lambda: keeper.newest_whole()[0])
+    first.process.kill()
+    first.wait()
+    assert report.load_run(remote, "one")["status"] == "running"
+    again = Driver(remote, "one", recipe=RECIPE)
+    said = again.wait()
+    assert again.process.returncode == 0, said
+    assert "goes on from checkpoint epoch-" in said
+    for driver in (first, again):
+        driver.assert_nothing_left()
+
+    local = open_storage(str(tmp_path / "local"))
+    prepare_small(local, small_archives)
+    unbroken = Driver(local, "one", recipe=RECIPE)
+    said = unbroken.wait()
+    assert unbroken.process.returncode == 0, said
+    (rows, weights), (near_rows, near_weights) = outcome(remote, "one"), outcome(local, "one")
+    assert len(rows) == 2 * EPOCHS
+    assert rows == near_rows
+    assert weights.keys() == near_weights.keys()
+    assert all(torch.equal(weights[name], near_weights[name]) for name in near_weights)
+    far, near = (report.load_run(each, "one") for each in (remote, local))
+    assert (far["world_size"], far["test_loss"], far["test_rows"]) == (2, near["test_loss"], 500)
+
+
+def test_what_it_left_is_evaluated_and_shown(remote: Storage, tmp_path: Path) -> None:
+    """After the test of the run."""
+    done = run_job("jobs.evaluate", "--storage", remote.uri, "--run-id", "one", "--split", "val", "--num-workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "val: 100 rows, accuracy" in done.stdout
+    assert not remote.exists("runs", ".claims", "one")
+    page = tmp_path / "page.html"
+    done = run_job("jobs.report", "--storage", remote.uri, "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "one" in page.read_text()
+
+
+def test_a_search_keeps_its_trials_there(remote: Storage) -> None:
+    flags = ["--preset=smoke", "--num-samples=2", "--max-epochs=2", "--max-train-rows=256", "--source=auto"]
+    done = run_job("jobs.tune", "--storage", remote.uri, "--search-id", "few", *flags)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in remote.list("reports", "trials") if name.startswith("run_id=few-")] == [
+        "run_id=few-t0000",
+        "run_id=few-t0001",
+    ]
