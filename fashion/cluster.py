@@ -37,6 +37,8 @@ def connect(num_cpus: int | None = None) -> None:
             options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
             # Nobody reclaims this machine, so nobody need watch for it.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # Nor is its GCS ever started again: what misses it, as after the death of this process, may end soon.
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             for name, value in RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
         ray.init(**options)

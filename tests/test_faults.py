@@ -37,7 +37,8 @@ RECIPE = (
 TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
 KILLS = int(os.environ.get("FAULT_KILLS", "3"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
-LEFT_AFTER_S = 60
+# With its driver a cluster's GCS is gone: a raylet looks for it for 10 s, its agent tries to tell it so for 60 s.
+LEFT_AFTER_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,17 @@ def prepare_small(storage: Storage, archives: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
         data.prepare(storage, str(archives), val_rows=100)
+
+
+DRIVERS: list["Driver"] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """All that the module's drivers started ends by itself, whatever became of them; waited for once, at the end."""
+    DRIVERS.clear()
+    yield
+    assert [driver.left() for driver in DRIVERS] == [[]] * len(DRIVERS)
 
 
 class Driver:
@@ -70,6 +82,7 @@ class Driver:
         self.seen: dict[int, psutil.Process] = {}
         self.said = ""
         self._me = psutil.Process(self.process.pid)
+        DRIVERS.append(self)
 
     def look(self) -> list[psutil.Process]:
         """Return what it has started and what lives, and remember it."""
@@ -103,12 +116,12 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def assert_nothing_left(self) -> None:
-        """All that it started ends by itself."""
+    def left(self) -> list[str]:
+        """Return the commands of what it started and what does not end by itself."""
         deadline = time.monotonic() + LEFT_AFTER_S
-        while left := self.look():
-            assert time.monotonic() < deadline, [command_of(each) for each in left]
+        while (left := self.look()) and time.monotonic() < deadline:
             time.sleep(0.2)
+        return [command_of(each) for each in left]
 
 
 def is_raylet(process: psutil.Process) -> bool:
@@ -140,7 +153,6 @@ def unbroken(storage: Storage) -> tuple[list[dict[str, Any]], dict[str, Tensor]]
     driver = Driver(storage, "unbroken")
     said = driver.wait()
     assert driver.process.returncode == 0, said
-    driver.assert_nothing_left()
     return outcome(storage, "unbroken")
 
 
@@ -179,7 +191,6 @@ def test_a_kill_at_a_random_moment_costs_no_bit(
     if victim is not None:
         victim.kill()
     said = driver.wait()
-    driver.assert_nothing_left()
     if kind == "worker" or was_over:
         assert driver.process.returncode == 0, said
     else:
@@ -187,7 +198,6 @@ def test_a_kill_at_a_random_moment_costs_no_bit(
         again = Driver(storage, run_id)
         said = again.wait()
         assert again.process.returncode == 0, said
-        again.assert_nothing_left()
     told = [line for line in said.splitlines() if "goes on from" in line]
     age = "none" if lost is None else f"{lost:.1f} s old"
     print(f"{number} {kind} at {moment:.2f} of the training, newest checkpoint {age}, {told}", flush=True)
@@ -211,7 +221,6 @@ def test_a_worker_that_stops_is_noticed_and_replaced(
     said = driver.wait()
     assert driver.process.returncode == 0, said
     assert "goes on from checkpoint epoch-" in said
-    driver.assert_nothing_left()
     left = [storage.read_bytes("runs", "stopped", "stacks", name) for name in storage.list("runs", "stopped", "stacks")]
     assert any(b"train_one_epoch" in stacks for stacks in left), left
     assert_unharmed(storage, "stopped", unbroken)
@@ -239,14 +248,12 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     said = driver.wait()
     assert driver.process.returncode == 1, said
     assert "No space left on device" in said
-    driver.assert_nothing_left()
     assert report.load_run(filling_disk, "full")["status"] == "failed"
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=600m", filling_disk.uri], check=True)
     again = Driver(filling_disk, "full")
     said = again.wait()
     assert again.process.returncode == 0, said
-    again.assert_nothing_left()
     assert_unharmed(filling_disk, "full", unbroken)
 
 
@@ -259,6 +266,4 @@ def test_a_second_driver_of_the_same_run_is_refused(storage: Storage) -> None:
     assert f"error: --run-id twice is in use by process {first.process.pid} of" in said
     said = first.wait()
     assert first.process.returncode == 0, said
-    first.assert_nothing_left()
-    second.assert_nothing_left()
     assert report.load_run(storage, "twice")["status"] == "completed"
