@@ -50,11 +50,21 @@ Random = random.Random
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
+MORE = "FUZZ_INPUTS" in os.environ
+"""Whoever asks for a number of inputs gets new ones in each run; otherwise all runs have the same."""
+
+
 def fuzz(parse: Callable[[Random], object], *, told: str = "", inputs: int = INPUTS) -> None:
     """Give `parse` a generator for each of many inputs: it returns, or refuses in one line that holds `told`."""
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=math.ceil(inputs / BATCH), deadline=None, database=None, phases=[Phase.generate])
+    @settings(
+        max_examples=math.ceil(inputs / BATCH),
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        derandomize=not MORE,
+    )
     @given(st.integers(0, 2**63))
     def batch(seed: int) -> None:
         for number in range(BATCH):
