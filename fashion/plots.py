@@ -120,18 +120,21 @@ def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str
 
     def read(path: str) -> tuple[str, pa.Table]:
         owner = next((part[7:] for part in path.split("/") if part.startswith("run_id=")), "")
+        place = path.removeprefix(f"{storage.root}/")
+        file = storage.show(place)
         try:
-            with storage.fs.open_input_file(path) as stream:
-                rows = read_parquet(stream)
-        except (ValueError, OSError) as error:
+            rows = read_parquet(storage.read_bytes(place))
+        except OSError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is damaged ({reason}); remove it or write it again") from error
+            raise UserError(f"{file} cannot be read ({reason}); see to the storage") from error
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); remove it or write it again") from error
         missing = ", ".join(sorted(NEEDED.get(table, set()) - set(rows.column_names)))
-        require(not missing, f"{path} is damaged (it lacks {missing}); remove it or write it again")
+        require(not missing, f"{file} is damaged (it lacks {missing}); remove it or write it again")
         try:
             return owner, in_schema(table, rows)
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); remove it or write it again") from error
+            raise UserError(f"{file} is damaged ({error}); remove it or write it again") from error
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(read, paths))

@@ -212,11 +212,14 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
 
 
 def read_rows(storage: Storage, *place: str) -> list[dict[str, Any]]:
-    """Return the rows of one Parquet file of the table `place[1]`; raises `UserError` if it is damaged."""
+    """Return the rows of one Parquet file of the table `place[1]`; raises `UserError` where it cannot be read."""
     try:
         table = in_schema(place[1], read_parquet(storage.read_bytes(*place)))
         rows: list[dict[str, Any]] = table.to_pylist()
-    except (ValueError, OverflowError, OSError) as error:  # a time may lie beyond the years that Python knows
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{storage.show(*place)} cannot be read ({reason}); see to the storage") from error
+    except (ValueError, OverflowError) as error:  # a time may lie beyond the years that Python knows
         raise UserError(f"{storage.show(*place)} is damaged ({error}); remove it") from error
     return rows
 

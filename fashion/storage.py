@@ -1,8 +1,10 @@
 """Where files live: a local folder or any URI that `pyarrow.fs` opens. Files appear whole or not at all."""
 
+import contextlib
 import os
 import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ FIRST_LOOK = {
     "request_timeout": 5.0,
     "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5),
 }
+
+TRIES_TO_READ = 20
 
 MAX_ROWS = 1_000_000
 """Rows that a Parquet file may promise: sixteen times what the largest of ours holds."""
@@ -55,9 +59,18 @@ class Storage:
         return bool(self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound)
 
     def read_bytes(self, *parts: str) -> bytes:
-        """Return a file's content. Raises `FileNotFoundError`."""
-        with self.fs.open_input_file(self.path(*parts)) as stream:
-            return bytes(stream.read())
+        """Return a file's content, never a part of it. Raises `FileNotFoundError`."""
+        path = self.path(*parts)
+        for _ in range(TRIES_TO_READ):
+            with self.fs.open_input_file(path) as stream:
+                content = bytes(stream.read())
+                if isinstance(self.fs, pafs.LocalFileSystem):
+                    return content  # an open file stays what it was when another takes its place
+                # As many bytes as the object had when it was opened: of a longer one that replaced it since, a part.
+                with self.fs.open_input_file(path) as now:
+                    if now.metadata() == stream.metadata():
+                        return content
+        raise OSError(f"{self.show(*parts)} was replaced during each of {TRIES_TO_READ} tries to read it")
 
     def write_bytes(self, data: bytes | pa.Buffer, *parts: str) -> None:
         """Write a file so that a reader sees the old content or the new one, never a part.
@@ -67,8 +80,10 @@ class Storage:
         """
         path = self.path(*parts)
         if not isinstance(self.fs, pafs.LocalFileSystem):
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(data)
+            # In a thread, where no signal is heard: a stream that Ctrl-C leaves is closed on the way out, and to close
+            # it is to complete the object, empty or cut off, in the place of the old one.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(write_object, self.fs, path, data).result()
             return
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
@@ -111,6 +126,12 @@ class Storage:
             raise UserError(f"--storage {self.uri} cannot be written ({reason}); name a folder that can be") from error
 
 
+def write_object(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
+    """Write an object of a store. Not with `pafs.copy_files`: pyarrow 26 keeps quiet about a failure at its end."""
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
 def nearest_folder(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists.
 
@@ -144,7 +165,7 @@ def open_storage(uri: str) -> Storage:
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
         root = root.rstrip("/")
-        bucket, found = impatient(filesystem).get_file_info([root.partition("/")[0] or "/", root or "/"])
+        found = impatient(filesystem).get_file_info(root or "/")
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         way_out = "use a path, or a URI such as s3://..."
@@ -155,9 +176,12 @@ def open_storage(uri: str) -> Storage:
         raise UserError(f"--storage {uri} is a file; name a folder")
     if isinstance(filesystem, pafs.S3FileSystem):
         require(root, f"--storage {uri} names no bucket; use s3://BUCKET/FOLDER")
+        bucket = root.partition("/")[0]
         # In a bucket that is not there, whatever is looked for is merely missing: the first write would find it out.
-        there = bucket.type != pafs.FileType.NotFound
-        require(there, f"--storage {uri} is in bucket {bucket.path}, which does not exist; make it, or name another")
+        # Whoever may use no more than one folder of it is not told, and not refused for that.
+        with contextlib.suppress(OSError):
+            there = impatient(filesystem).get_file_info(bucket).type != pafs.FileType.NotFound
+            require(there, f"--storage {uri} is in bucket {bucket}, which does not exist; make it, or name another")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)
 
 

@@ -5,10 +5,17 @@ it is built on, wants an older python-dateutil than `uv.lock` has. One that happ
 a 5.2.1 that was there, pyarrow took the end of every upload for a failure.
 """
 
+import json
 import os
+import random
+import re
+import signal
 import socket
 import subprocess
+import threading
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +26,7 @@ from conftest import assert_refused, run_job, wait_for
 from pyarrow import fs as pafs
 from test_faults import EPOCHS, Driver, outcome, prepare_small
 
-from fashion import report
+from fashion import plots, report
 from fashion.claim import Claim
 from fashion.config import UserError
 from fashion.keeper import Keeper
@@ -154,6 +161,69 @@ def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
         pass
 
 
+# --- nothing is seen in part ----------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C and SIGTERM are to a command: raised in the main thread, wherever it is."""
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_or_the_new(port: int) -> None:
+    place = open_storage(uri_of(port, "bucket/interrupted"))
+    chance = random.Random(0)
+    armed = False
+
+    def interrupt(*_: object) -> None:
+        if armed:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    started = time.monotonic()
+    place.write_bytes(b"old", "file")
+    took = time.monotonic() - started
+    interrupted = 0
+    for _ in range(60):
+        place.write_bytes(b"old", "file")
+        timer = threading.Timer(chance.uniform(0, took), os.kill, (os.getpid(), signal.SIGUSR1))
+        try:
+            armed = True
+            timer.start()
+            place.write_bytes(b"new", "file")
+            armed = False
+        except Interrupted:
+            armed = False
+            interrupted += 1
+        timer.join()
+        assert place.read_bytes("file") in (b"old", b"new")
+    signal.signal(signal.SIGUSR1, before)
+    assert interrupted >= 10
+
+
+def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
+    """By longer ones and by shorter ones; a healthy file that is called damaged might be removed."""
+    place = open_storage(uri_of(port, "bucket/replaced"))
+    row = {"split": "val", "loss": 0.5, "accuracy": 0.5, "rows": 100}
+    versions = [[row | {"epoch": epoch + 1} for epoch in range(count)] for count in (1, 400, 40)]
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            for rows in versions:
+                report.write_table(place, "epochs", "mine", rows)
+
+    report.write_table(place, "epochs", "mine", versions[0])
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = {len(report.read_table(place, "epochs", "mine")) for _ in range(40)}
+        seen |= {len(rows) for _ in range(40) for _, rows in plots.read_files(place, "epochs")}
+    finally:
+        over.set()
+        writer.join()
+    assert seen <= {1, 40, 400}
+    assert len(seen) > 1
+
+
 # --- what is wrong is told before anything is trained ---------------------------------------------------------------
 
 
@@ -180,6 +250,42 @@ def test_refused_permission_is_told() -> None:
     """This server takes only keys that it gave out, and ours it did not."""
     with server(INITIAL_NO_AUTH_ACTION_COUNT="0") as strict:
         refused_in_time(uri_of(strict, "bucket/results"), "ACCESS_DENIED", **KEYS)
+
+
+@pytest.fixture(scope="module")
+def read_only() -> Iterator[tuple[int, dict[str, str]]]:
+    """A server that enforces permissions, and keys that may read everything and write nothing."""
+
+    def iam(**fields: str) -> str:
+        body = urllib.parse.urlencode(fields | {"Version": "2010-05-08"}).encode()
+        told = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/iam/aws4_request"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/", body, told)) as answer:
+            return str(answer.read().decode())
+
+    with pytest.MonkeyPatch.context() as patch, server() as strict:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        address = f"http://127.0.0.1:{strict}"
+        make_bucket(strict, "bucket")
+        iam(Action="CreateUser", UserName="reader")
+        rule = {"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+        iam(Action="PutUserPolicy", UserName="reader", PolicyName="reads", PolicyDocument=policy)
+        told = iam(Action="CreateAccessKey", UserName="reader")
+        number, secret = (re.findall(f"<{tag}>(.*?)</{tag}>", told)[0] for tag in ("AccessKeyId", "SecretAccessKey"))
+        enforce = urllib.request.Request(f"{address}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
+        urllib.request.urlopen(enforce).close()
+        yield strict, {"AWS_ACCESS_KEY_ID": number, "AWS_SECRET_ACCESS_KEY": secret}
+
+
+@pytest.mark.parametrize("command", ["jobs.prepare", "jobs.train", "jobs.tune"])
+def test_keys_that_may_only_read_are_told(read_only: tuple[int, dict[str, str]], command: str) -> None:
+    """Nor may they ask for the bucket, as with keys for one folder of it: that alone is nobody's mistake."""
+    port, keys = read_only
+    uri = uri_of(port, "bucket/results")
+    done = run_job(command, "--storage", uri, "--source", "synthetic", **keys)
+    assert_refused(done, f"error: --storage {uri} cannot be written (")
+    assert "ACCESS_DENIED" in done.stderr
 
 
 def test_a_closed_port_is_told() -> None:
