@@ -7,7 +7,7 @@ a kill, a full disk or a bad disk leaves is told from a checkpoint before anythi
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from fashion import checkpoint, fit
 from fashion.checkpoint import DamagedCheckpoint
@@ -64,23 +64,16 @@ class Keeper:
 
         return read_file
 
-    def newest_first(self) -> Iterator[tuple[str, str]]:
-        """Yield the checkpoints with what is wrong with each, an empty text for one that is whole."""
+    def newest_whole(self) -> tuple[str | None, list[str]]:
+        """Return the newest checkpoint that is whole, None if there is none, and a line for each damaged newer one."""
+        notes: list[str] = []
         for name in reversed(self.names()):
             try:
                 checkpoint.check(self.reader(name))
             except DamagedCheckpoint as error:
-                yield name, str(error)
+                notes.append(f"checkpoint {name} is damaged: {error}")
             else:
-                yield name, ""
-
-    def newest_whole(self) -> tuple[str | None, list[str]]:
-        """Return the newest checkpoint that is whole, None if there is none, and a line for each damaged newer one."""
-        notes: list[str] = []
-        for name, wrong in self.newest_first():
-            if not wrong:
                 return name, notes
-            notes.append(f"checkpoint {name} is damaged: {wrong}")
         return None, notes
 
     def remove(self, name: str) -> None:
