@@ -31,6 +31,9 @@ from fashion.worker import train_loop_per_worker
 
 # Ctrl-C while workers start is heard when they have started; a second one is heard at once.
 SECONDS_TO_STOP = 30.0
+# A run with a range of workers looks this often whether the cluster has room for more (Ray's default is 60 s). To take
+# them in costs a start of the workers and the work since the latest checkpoint.
+SECONDS_BETWEEN_WIDTHS = 30.0
 
 T = TypeVar("T")
 
@@ -305,6 +308,7 @@ def scaling_config(plan: Plan) -> ray.train.ScalingConfig:
         num_workers=high if low == high else (low, high),
         use_gpu=plan.use_gpu,
         resources_per_worker=plan.resources_per_worker(),
+        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_WIDTHS,
     )
 
 
