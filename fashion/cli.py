@@ -21,8 +21,9 @@ from fashion.config import UserError
 
 T = TypeVar("T")
 
-# A disk that is full or read-only, by now: no mistake of the command, and no fault of the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# A disk that is full, read-only or gone by now, a store that no longer answers (pyarrow gives that no number): no
+# mistake of the command, and no fault of the program.
+STORAGE_ERRORS = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
 DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
 
@@ -98,8 +99,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         print("interrupted", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in STORAGE_ERRORS:
             raise
-        print(f"error: {error}; make room there or give access, then go on with --resume", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"error: {said}; make it answer, make room there or give access, then use --resume", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

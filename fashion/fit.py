@@ -162,13 +162,14 @@ class Run:
     def epochs(
         self,
         on_step: Callable[[int, int], None] = ignore_step,
-        wants_pause: Callable[[], bool] = lambda: False,
+        wants_pause: Callable[[float], bool] = lambda seconds: False,
         on_pause: Callable[[], None] = lambda: None,
     ) -> Iterator[Metrics]:
         """Train what remains; after each epoch, yield its metrics, the same on all ranks but for the times.
 
-        When any rank's `wants_pause()` says so, all ranks call `on_pause()` within an epoch; what `encode` returns
-        there goes on from there. Raises `loop.Diverged` on all ranks together.
+        When any rank's `wants_pause(seconds)` says so, all ranks call `on_pause()` within an epoch; what `encode`
+        returns there goes on from there. `seconds` are those for which there will be no other pause: the evaluation
+        on val, as long as it took the last time. Raises `loop.Diverged` on all ranks together.
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
             metrics = self._train(epoch, on_step, wants_pause, on_pause)
@@ -177,11 +178,14 @@ class Run:
             self.history.append(metrics)
             yield metrics
 
+    def _val_time_s(self) -> float:
+        return float(self.history[-1].get("val_time_s", 0.0)) if self.history else 0.0
+
     def _train(
         self,
         epoch: int,
         on_step: Callable[[int, int], None],
-        wants_pause: Callable[[], bool],
+        wants_pause: Callable[[float], bool],
         on_pause: Callable[[], None],
     ) -> Metrics:
         config, device = self.config, self.rank.device
@@ -214,7 +218,7 @@ class Run:
             device=device,
             on_step=lambda step: on_step(epoch, step),
             begin=begin,
-            wants_pause=wants_pause,
+            wants_pause=lambda is_over: wants_pause(self._val_time_s() if is_over else 0.0),
             on_pause=pause,
         )
         expected = self.steps * config.global_batch_size

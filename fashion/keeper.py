@@ -47,6 +47,8 @@ class Keeper:
         self._newest = newest
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.seconds = 0.0
+        """How long the latest checkpoint took to write."""
 
     def names(self) -> list[str]:
         """Return the checkpoints that there are, whole or not, the oldest first."""
@@ -101,11 +103,13 @@ class Keeper:
             raise error
 
     def _save(self, name: str, files: dict[str, bytes], best: str) -> None:
+        started = time.monotonic()
         try:
             # Of an earlier life of the run, torn or of another course: a mixture of both would be neither.
             self.remove(name)
             for file, content in files.items():
                 self._storage.write_bytes(content, *self._folder, name, file)
+            self.seconds = time.monotonic() - started
             kept = {best, *self.names()[-self._newest :]}
             for old in self.names():
                 if old not in kept:
@@ -115,7 +119,10 @@ class Keeper:
 
 
 class Timer:
-    """Tells when a run is due to be saved, so that no kill costs more than `every_s` seconds; one process asks."""
+    """Tells when a run is due to be saved, so that no kill costs more than `every_s` seconds; one process asks.
+
+    A checkpoint counts from the moment whose state it holds, and only once it is written.
+    """
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
@@ -125,8 +132,8 @@ class Timer:
         """Say that the run is saved now."""
         self._saved = self._looked = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Tell whether the next look, as far away as the last one, would be too late."""
+    def is_due(self, seconds_to_write: float) -> bool:
+        """Tell whether what begins to be written at the next look, as far away as the last one, would be too late."""
         now = time.monotonic()
         between, self._looked = now - self._looked, now
-        return now + between - self._saved >= self._every_s
+        return now + between + seconds_to_write - self._saved >= self._every_s

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 """Images (B, 1, 28, 28) uint8 and labels (B,) int64, on the model's device."""
 
-# A look at the loss stalls a GPU; on CPUs the value is there, and a step takes long enough to look more often.
+# At most so many steps lie between two looks at the loss: a look stalls a GPU; on CPUs the value is there.
 STEPS_BETWEEN_LOOKS = {"cuda": 50, "cpu": 10}
+# Where steps are slow, looks come after so many seconds: it is at a look that a run is saved.
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Diverged(RuntimeError):
@@ -240,18 +242,47 @@ def plain_batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[B
         yield images[start : start + batch_size], labels[start : start + batch_size]
 
 
-def look_together(first_bad_step: Tensor, wish: bool, epoch: int) -> bool:
-    """Raise `Diverged` on every rank if any rank saw a loss that is not finite; else tell whether any rank has a wish.
+class Looks:
+    """What all ranks look at together, every few steps: the loss, and whether any of them wishes for a pause.
 
-    `first_bad_step` () int64, beyond all steps while there is none; one small reduction.
+    The ranks look after the same steps: how far apart those are follows from the slowest one's time between two looks.
     """
-    looked = torch.stack([first_bad_step, torch.full_like(first_bad_step, 0 if wish else 1)])
-    if dist.is_initialized():
-        dist.all_reduce(looked, op=dist.ReduceOp.MIN)
-    step, nobody = looked.tolist()
-    if step != torch.iinfo(torch.int64).max:
-        raise Diverged(f"loss is not finite at epoch {epoch}, step {step}; lower --lr")
-    return not nobody
+
+    NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self, epoch: int, step: int, device: torch.device) -> None:
+        """Begin after `step`; the first look comes after the next one."""
+        self._epoch = epoch
+        self._first_bad_step = torch.full((), self.NEVER, device=device)
+        self._limit = STEPS_BETWEEN_LOOKS[device.type]
+        self._last, self._next, self._since = step, step + 1, time.perf_counter()
+
+    def note(self, loss: Tensor, step: int) -> None:
+        """Note the `loss` () of a step, without waiting for it."""
+        bad = torch.where(torch.isfinite(loss.detach()), self.NEVER, step)
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
+
+    def are_due(self, step: int) -> bool:
+        """Tell whether the ranks look after this step."""
+        return step == self._next
+
+    def take(self, step: int, wish: bool) -> bool:
+        """Raise `Diverged` on every rank if any saw a loss that is not finite; else tell whether any has a wish.
+
+        One small reduction.
+        """
+        since, self._since = self._since, time.perf_counter()
+        steps, self._last = max(step - self._last, 1), step
+        mine = [0 if wish else 1, -int((self._since - since) / steps * 1e6)]
+        looked = torch.stack([self._first_bad_step, *self._first_bad_step.new_tensor(mine)])
+        if dist.is_initialized():
+            dist.all_reduce(looked, op=dist.ReduceOp.MIN)
+        bad_step, nobody, microseconds = looked.tolist()
+        if bad_step != self.NEVER:
+            raise Diverged(f"loss is not finite at epoch {self._epoch}, step {bad_step}; lower --lr")
+        fitting = int(SECONDS_BETWEEN_LOOKS * 1e6) // max(-microseconds, 1)
+        self._next = step + min(max(fitting, 1), self._limit)
+        return not nobody
 
 
 def train_one_epoch(
@@ -266,23 +297,31 @@ def train_one_epoch(
     device: torch.device,
     on_step: Callable[[int], None] = lambda step: None,
     begin: Position = Position(),
-    wants_pause: Callable[[], bool] = lambda: False,
+    wants_pause: Callable[[bool], bool] = lambda is_over: False,
     on_pause: Callable[[Position], None] = lambda position: None,
 ) -> EpochResult:
     """Train `model` on `batches`, those from `begin` on; return the epoch's sums in training mode and its times.
 
     `set_lr(step)` is called before each step with its 1-based number within the epoch, `on_step(step)` after it. The
     loss is looked at every few steps and at the end, in one small reduction. Raises `Diverged` on all ranks together;
-    nothing is saved in between. If any rank's `wants_pause()` says so at a look, all ranks call `on_pause(position)`.
+    nothing is saved in between. If any rank's `wants_pause(is_over)` says so at a look, all ranks call
+    `on_pause(position)`; `is_over` tells whether it is the one at the end.
     """
     model.train()
     meter = SumMeter(device, begin)
-    never = torch.iinfo(torch.int64).max
-    first_bad_step = torch.full((), never, device=device)
+    looks = Looks(epoch, begin.step, device)
     started = time.perf_counter() - begin.time_s
     waited = begin.data_wait_s
     iterator = iter(batches)
-    step = begin.step
+    step = paused_at = begin.step
+
+    def pause() -> None:
+        nonlocal paused_at
+        own, paused_at = meter.own(), step
+        spent = time.perf_counter() - started
+        states = own_states(model, device)
+        on_pause(Position(step, own.loss_sum, own.num_correct, own.num_rows, spent, waited, states))
+
     while True:
         asked = time.perf_counter()
         batch = next(iterator, None)
@@ -302,15 +341,12 @@ def train_one_epoch(
         with torch.no_grad():
             plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
             meter.add(plain * len(labels), logits, labels)
-            bad = torch.where(torch.isfinite(loss.detach()), never, step)
-            first_bad_step = torch.minimum(first_bad_step, bad)
+            looks.note(loss, step)
         on_step(step)
-        if step % STEPS_BETWEEN_LOOKS[device.type] == 0 and look_together(first_bad_step, wants_pause(), epoch):
-            own = meter.own()
-            spent = time.perf_counter() - started
-            states = own_states(model, device)
-            on_pause(Position(step, own.loss_sum, own.num_correct, own.num_rows, spent, waited, states))
-    look_together(first_bad_step, False, epoch)
+        if looks.are_due(step) and looks.take(step, wants_pause(False)):
+            pause()
+    if looks.take(step, wants_pause(True)) and step != paused_at:
+        pause()
     sums = meter.reduce()
     return EpochResult(sums, time.perf_counter() - started, largest(waited, device))
 

@@ -49,6 +49,9 @@ def from_rows(rows: Sequence[dict[str, Any]]) -> list[Metrics]:
         metrics |= {spent: row["epoch_time_s"], waited: row["data_wait_s"]}
     if list(found) != list(range(1, len(found) + 1)) or not all("train_rows" in each for each in found.values()):
         raise ValueError(f"epochs {list(found)[:20]} are not 1, 2, 3, ..., or one was not trained")
+    splits = 1 + ("val_rows" in found[1]) if found else 0
+    if len(rows) != splits * len(found) or len({len(each) for each in found.values()}) > 1:
+        raise ValueError("an epoch has a row twice, or lacks one that others have")
     return list(found.values())
 
 

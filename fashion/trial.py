@@ -69,9 +69,12 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
         keeper.wait()  # the trial may be over at its next report, and what is still written would stay
         timer.restart()
 
+    def is_due(seconds: float) -> bool:
+        return timer.is_due(seconds + keeper.seconds)
+
     try:
-        for metrics in run.epochs(wants_pause=timer.is_due, on_pause=save):
-            if timer.is_due():
+        for metrics in run.epochs(wants_pause=is_due, on_pause=save):
+            if is_due(0.0):
                 save()
             report(run, metrics)
     except loop.Diverged as error:

@@ -76,8 +76,8 @@ def train(
     timer = Timer(checkpoint_every_s)
     answered = reclaim_announced()
 
-    def wants_pause() -> bool:
-        return (run.rank.rank == 0 and timer.is_due()) or reclaim_announced() != answered
+    def wants_pause(seconds: float) -> bool:
+        return (run.rank.rank == 0 and timer.is_due(seconds + keeper.seconds)) or reclaim_announced() != answered
 
     def save() -> None:
         nonlocal answered

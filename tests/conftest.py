@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fashion import cli, data, synthetic
 from fashion.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import drivers
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
@@ -59,6 +62,52 @@ def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
         data.prepare(storage, str(archives), val_rows=100)
     return storage
+
+
+@pytest.fixture(scope="session")
+def small_storage(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
+    """A storage for runs that are broken: see `drivers`."""
+    import drivers
+
+    storage = open_storage(str(tmp_path_factory.mktemp("faults")))
+    drivers.prepare_small(storage, small_archives)
+    return storage
+
+
+@pytest.fixture(scope="session")
+def unbroken(small_storage: Storage) -> "drivers.Outcome":
+    """What a run gives that nothing happens to."""
+    import drivers
+
+    driver = drivers.Driver(small_storage, "unbroken")
+    said = driver.wait()
+    assert driver.process.returncode == 0, said
+    return drivers.outcome(small_storage, "unbroken")
+
+
+@pytest.fixture(scope="module")
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All that the module's drivers started ends by itself, whatever became of them; waited for once, at the end.
+
+    Nor do they leave temporary files or shared memory. Ray's logs stay where it keeps them, and torch its cache.
+    """
+    import drivers
+
+    drivers.DRIVERS.clear()
+    folder = tmp_path_factory.mktemp("temporary")
+    shared = shared_memory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setenv("RAY_TMPDIR", "/tmp")
+        yield
+    assert [driver.left() for driver in drivers.DRIVERS] == [[]] * len(drivers.DRIVERS)
+    assert [name for name in os.listdir(folder) if not name.startswith("torchinductor_")] == []
+    assert shared_memory() <= shared
+
+
+def shared_memory() -> set[str]:
+    """Return the names of the files that workers of this project share memory by."""
+    return {path.name for path in Path("/dev/shm").glob("fashion-*")}
 
 
 @pytest.fixture

@@ -134,6 +134,7 @@ class Hosts:
             "RAY_TMPDIR": str(host.folder),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less for each run
             "RAY_USAGE_STATS_ENABLED": "0",
+            "TMPDIR": str(host.folder),  # a head whose power is cut leaves its own there
         }  # fmt: skip
 
     def enter(self, host: Host, *command: str) -> list[str]:

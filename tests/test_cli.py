@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import socket
 from dataclasses import dataclass
 
 import pytest
+from conftest import call_job
+from pyarrow import fs as pafs
 
 from fashion import cli
 from fashion.config import UserError
@@ -45,3 +48,20 @@ def test_a_wrong_flag_is_one_line_whatever_the_terminal_takes(argv: list[str], t
     with contextlib.redirect_stdout(screen), pytest.raises(UserError) as refused:
         cli.parse(Flags, argv, prog="x", description="")
     assert str(refused.value) == told
+
+
+def test_a_store_that_no_longer_answers_is_one_line() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        store = pafs.S3FileSystem(
+            endpoint_override=f"127.0.0.1:{closed.getsockname()[1]}",
+            scheme="http",
+            region="us-east-1",
+            access_key="key",
+            secret_key="secret",
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
+        )
+        done = call_job(lambda _: store.get_file_info("bucket/folder"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: When getting information for key 'folder'")
+    assert done.stderr.endswith("use --resume\n") and done.stderr.count("\n") == 1

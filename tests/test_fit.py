@@ -1,5 +1,6 @@
 """The epochs of a run without Ray: the real network on the stand-in."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,9 +42,13 @@ def test_a_run_that_goes_on_within_an_epoch_ends_with_the_same_bits(one_thread: 
     def save() -> None:
         saved[whole.epochs_done, whole.step] = whole.encode()
 
-    history = list(whole.epochs(wants_pause=lambda: True, on_pause=save))
-    assert list(saved) == [(0, 10), (0, 20), (1, 10), (1, 20)], "a look every ten steps of twenty"
-    for place, files in saved.items():
+    history = list(whole.epochs(wants_pause=lambda seconds: True, on_pause=save))
+    steps = [[step for epochs_done, step in saved if epochs_done == epoch] for epoch in (0, 1)]
+    for each in steps:
+        assert (each[0], each[-1]) == (1, 20), "looks after the first step and after the last"
+        assert max(late - early for early, late in itertools.pairwise(each)) <= loop.STEPS_BETWEEN_LOOKS["cpu"]
+    for place in [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]:
+        files = saved[place]
         again = run_of(config, 160)
         again.restore(files.__getitem__)
         assert (again.epochs_done, again.step) == place
@@ -71,7 +76,7 @@ def test_a_progress_that_is_not_of_this_run_is_refused_and_changes_nothing(one_t
     config = TrainConfig(preset="smoke", epochs=2, global_batch_size=8)
     run = run_of(config, 160)
     saved: list[dict[str, bytes]] = []
-    for _ in run.epochs(wants_pause=lambda: run.epochs_done == 1, on_pause=lambda: saved.append(run.encode())):
+    for _ in run.epochs(wants_pause=lambda seconds: run.epochs_done == 1, on_pause=lambda: saved.append(run.encode())):
         pass
     other = run_of(config, 160)
     before = {name: value.clone() for name, value in other.model.state_dict().items()}

@@ -123,16 +123,18 @@ def test_a_save_is_due_before_the_next_look_would_be_too_late(monkeypatch: pytes
     timer = Timer(every_s=10.0)
     answers = []
     for now[0] in (3.0, 6.0, 9.0):
-        answers.append(timer.is_due())
+        answers.append(timer.is_due(0.0))
     assert answers == [False, False, True]  # at 12 it would be too late
     timer.restart()
     now[0] = 12.0
-    assert not timer.is_due()
+    assert not timer.is_due(3.0)
+    now[0] = 13.0
+    assert timer.is_due(6.0)  # after another second, and written 6 s later: 11 s after what was saved
 
 
 @pytest.mark.parametrize("every_s", [0.0, 1e-9])
 def test_no_time_to_lose_means_at_every_look(every_s: float) -> None:
     timer = Timer(every_s)
-    assert timer.is_due()
+    assert timer.is_due(0.0)
     timer.restart()
-    assert timer.is_due()
+    assert timer.is_due(0.0)

@@ -130,6 +130,21 @@ def same(one: list, two: list) -> bool:
     return all(torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
 
 
+@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 10), (0.2, 2), (7.0, 1)])
+def test_looks_at_slow_steps_come_sooner(monkeypatch: pytest.MonkeyPatch, step_s: float, steps: int) -> None:
+    """A run is saved at a look, so that one that may lose two seconds must not wait seven for the next."""
+    now = [0.0]
+    monkeypatch.setattr("fashion.loop.time.perf_counter", lambda: now[0])
+    looks = loop.Looks(1, 40, torch.device("cpu"))
+    due = []
+    for step in range(41, 62):
+        now[0] += step_s
+        if looks.are_due(step):
+            due.append(step)
+            assert not looks.take(step, wish=False)
+    assert due == list(range(41, 62, steps))
+
+
 def test_order_is_keyed_by_seed_epoch_and_rank(rows: loop.Batch) -> None:
     first = batches_of(rows, flip="random", shift=2)
     assert same(first, batches_of(rows, flip="random", shift=2))

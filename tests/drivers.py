@@ -1,0 +1,133 @@
+"""Runs of `jobs.train` as processes that tests break, and what becomes of them."""
+
+import contextlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, job_environment
+from torch import Tensor
+
+from fashion import checkpoint, data, report
+from fashion.keeper import name_of
+from fashion.storage import Storage
+
+EPOCHS = 2
+EVERY_S = 2.0
+# Everything that draws at random is on; 25 steps an epoch, looked at after each ten.
+RECIPE = (
+    "--preset=smoke --epochs=2 --max-train-rows=800 --global-batch-size=32 --dropout-conv=0.05 --dropout-fc=0.1 "
+    f"--flip=random --shift=1 --start-or-resume --checkpoint-every-s={EVERY_S}"
+).split()
+TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
+# With its driver a cluster's GCS is gone: a raylet looks for it for 10 s, its agent tries to tell it so for 60 s.
+LEFT_AFTER_S = 120
+
+Outcome = tuple[list[dict[str, Any]], dict[str, Tensor]]
+"""`epochs` rows without times, and weights."""
+
+
+def prepare_small(storage: Storage, archives: Path) -> None:
+    """Prepare few rows, test's too: most of a short run would be its evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
+        data.prepare(storage, str(archives), val_rows=100)
+
+
+DRIVERS: list["Driver"] = []
+"""All that were started."""
+
+
+class Driver:
+    """`jobs.train` as a process, and all that it starts."""
+
+    def __init__(self, storage: Storage, run_id: str, *flags: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", run_id]
+        self.process = subprocess.Popen(
+            [*command, *RECIPE, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=job_environment() | {"FASHION_MNIST_SOURCE": "auto"} | environment,
+            cwd=ROOT,
+        )
+        self.seen: dict[int, psutil.Process] = {}
+        self.said = ""
+        self._me = psutil.Process(self.process.pid)
+        DRIVERS.append(self)
+
+    def look(self) -> list[psutil.Process]:
+        """Return what it has started and what lives, and remember it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen |= {each.pid: each for each in self._me.children(recursive=True)}
+        return [each for each in self.seen.values() if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+    def workers(self) -> list[psutil.Process]:
+        return [each for each in self.look() if command_of(each).startswith("ray::RayTrainWorker")]
+
+    def victim(self, kind: str, chance: random.Random) -> psutil.Process | None:
+        """Return a worker, the driver or its node's raylet; None if there is none any more."""
+        if kind == "driver":
+            return self._me if self._me.is_running() else None
+        chosen = self.workers() if kind == "worker" else [each for each in self.look() if is_raylet(each)]
+        return chance.choice(chosen) if chosen else None
+
+    def wait(self) -> str:
+        """Wait for its end; return what it said."""
+        while self.process.poll() is None and self.process.stdout is not None:
+            self.look()
+            self.said += self.process.stdout.readline()
+        self.said += self.process.communicate(timeout=600)[0]
+        return self.said
+
+    def wait_for(self, what: Callable[[], Any], seconds: float = 240.0) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < deadline, "it did not come to that"
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.1)
+        return found
+
+    def left(self) -> list[str]:
+        """Return the commands of what it started and what does not end by itself."""
+        deadline = time.monotonic() + LEFT_AFTER_S
+        while (left := self.look()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [command_of(each) for each in left]
+
+
+def is_raylet(process: psutil.Process) -> bool:
+    return command_of(process).partition(" ")[0].endswith("raylet/raylet")
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def outcome(storage: Storage, run_id: str) -> Outcome:
+    """Return a finished run's `epochs` rows without the times, and the weights after its last step."""
+    row = report.load_run(storage, run_id)
+    assert row["status"] == "completed", row
+    rows = [
+        {name: value for name, value in each.items() if name not in TIMES}
+        for each in report.read_table(storage, "epochs", run_id)
+    ]
+    content = storage.read_bytes("runs", run_id, name_of(EPOCHS), checkpoint.WEIGHTS)
+    return rows, checkpoint.load_weights(content)
+
+
+def assert_unharmed(storage: Storage, run_id: str, unbroken: Outcome) -> None:
+    rows, weights = outcome(storage, run_id)
+    assert rows == unbroken[0]
+    assert len(rows) == 2 * EPOCHS
+    assert all(torch.equal(weights[name], unbroken[1][name]) for name in unbroken[1])
