@@ -149,7 +149,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("ratio_min", pa.float64()),
             ("ratio_max", pa.float64()),
             ("repeats", pa.int32()),
-            ("target", pa.float64()),
+            ("target", pa.float64()),  # none where nothing is aimed at
             ("met", pa.bool_()),
             ("hardware", pa.string()),
             ("threads", pa.int32()),

@@ -162,6 +162,10 @@ def open_storage(uri: str) -> Storage:
         except OSError as error:
             raise UserError(f"--storage {uri} cannot be entered ({error}); name a folder that can be") from error
         return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path))
+    scheme, _, rest = uri.partition("://")
+    way_out = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of every node instead"
+    holds_keys = scheme == "s3" and "@" in rest.partition("/")[0]
+    require(not holds_keys, f"--storage holds keys, which would be read in logs and lists of processes; {way_out}")
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
         root = root.rstrip("/")

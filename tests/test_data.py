@@ -320,6 +320,12 @@ def test_storage_must_be_a_folder(tmp_path: Path) -> None:
         open_storage("nonsense://x")
 
 
+def test_keys_in_a_uri_are_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="--storage holds keys") as refusal:
+        open_storage("s3://AKIA123:hush%2F@bucket/folder")
+    assert "hush" not in str(refusal.value)
+
+
 @pytest.fixture
 def closed(tmp_path: Path) -> Iterator[Path]:
     """A folder that this process may not enter; root may enter any, so it acts as somebody else meanwhile."""

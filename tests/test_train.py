@@ -188,11 +188,11 @@ def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None
     """
     config = TrainConfig(
         preset="smoke",
-        epochs=20,
+        epochs=10,
         max_train_rows=256,
         global_batch_size=256,
         optimizer="sgd",
-        lr=0.002,
+        lr=0.004,
         flip="none",
         label_smoothing=0.0,
         precision="fp32",
