@@ -35,7 +35,7 @@ CLASS_NAMES = (
 IMAGE_SIZE = 28
 RUN_ID_PATTERN = re.compile(r"[a-z][a-z0-9._-]{0,99}")
 
-Padding = Literal["zeros", "replicate", "reflect", "partial"]
+Padding = Literal["zeros", "replicate", "reflect", "partial", "learned"]
 Depth = Literal["vgg", "deep", "deep-bn"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -145,7 +145,8 @@ class TrainConfig:
     dropout_fc: float = 0.0
     """Dropout rate of the linear layers, in [0, 1)."""
     padding: Padding = "zeros"
-    """What the convolutions see beyond the border; partial rescales by the share of valid taps."""
+    """What the convolutions see beyond the border; partial rescales by the share of valid taps, learned by two factors
+    that each convolution trains, one for edges and one for corners."""
     depth: Depth = "vgg"
     """Network: vgg is the published one; deep has a convolution more per block, deep-bn batch normalisation as well."""
     flip: Literal["none", "random", "alternating"] = "random"

@@ -14,6 +14,7 @@ from fashion.config import IMAGE_SIZE, NUM_CLASSES, Depth, Padding
 from fashion.dropout import Dropout
 
 NUM_PARAMETERS: dict[Depth, int] = {"vgg": 7_001_194, "deep": 7_628_202, "deep-bn": 7_630_122}
+NUM_CONVOLUTIONS: dict[Depth, int] = {"vgg": 6, "deep": 8, "deep-bn": 8}
 
 
 class PartialConv2d(nn.Conv2d):
@@ -36,13 +37,44 @@ class PartialConv2d(nn.Conv2d):
         """Map (B, in, size, size) to (B, out, size, size)."""
         assert self.bias is not None
         output = F.conv2d(input, self.weight, padding=1)
-        return output * self.ratio.to(output.dtype) + self.bias.to(output.dtype).view(1, -1, 1, 1)
+        return output * self.factors().to(output.dtype) + self.bias.to(output.dtype).view(1, -1, 1, 1)
+
+    def factors(self) -> Tensor:
+        """Return what the output without bias is multiplied by, in a shape that ends with (1, size, size)."""
+        return self.ratio
+
+
+class LearnedConv2d(PartialConv2d):
+    """A 3 x 3 convolution that trains the factors of its border: 1 inside, `border` (2,) on an edge and in a corner.
+
+    They start at 1, which is zero padding; 9/6 and 9/4 would be partial convolution. No decay pulls them towards 0:
+    see `optimizer.build_optimizer`.
+    """
+
+    kinds: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, size: int) -> None:
+        """Make a layer for square inputs of `size` pixels, at least 2."""
+        super().__init__(in_channels, out_channels, size)
+        self.border = nn.Parameter(torch.ones(2))
+        kinds = torch.cat([self.ratio == 9.0 / taps for taps in (9.0, 6.0, 4.0)])  # (3, 1, size, size)
+        self.register_buffer("kinds", kinds.float(), persistent=False)
+
+    def factors(self) -> Tensor:
+        """Return what the output without bias is multiplied by, in a shape that ends with (1, size, size)."""
+        # Each place is of one kind, so two of three products are 0 and the sum is exact; nothing is looked up by an
+        # index, whose gradient a GPU would have to sort.
+        inside, edge, corner = self.kinds
+        factors: Tensor = inside + edge * self.border[0] + corner * self.border[1]
+        return factors
 
 
 def conv(in_channels: int, out_channels: int, size: int, padding: Padding) -> nn.Conv2d:
     """Return a 3 x 3 convolution, stride 1, one pixel of `padding`, for square inputs of `size` pixels."""
     if padding == "partial":
         return PartialConv2d(in_channels, out_channels, size)
+    if padding == "learned":
+        return LearnedConv2d(in_channels, out_channels, size)
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, padding_mode=padding)
 
 
@@ -166,6 +198,11 @@ def initialise(model: FashionCNN, init: str) -> None:
 def place(model: FashionCNN, device: torch.device) -> FashionCNN:
     """Move `model` to `device`, its weights in channels-last order, which convolutions on both CPU and GPU prefer."""
     return model.to(memory_format=torch.channels_last).to(device)
+
+
+def num_parameters(depth: Depth, padding: Padding) -> int:
+    """Return the number of trainable parameters of a variant: learned padding has two more per convolution."""
+    return NUM_PARAMETERS[depth] + (2 * NUM_CONVOLUTIONS[depth] if padding == "learned" else 0)
 
 
 def count_parameters(model: nn.Module) -> int:

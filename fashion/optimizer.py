@@ -1,12 +1,13 @@
-"""Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch and config."""
+"""Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch, config and model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fashion.config import TrainConfig
+from fashion.model import LearnedConv2d
 
 MOMENTUM = 0.9
 # Muon's customary rate is 0.02; with AdamW's 1.5e-3 for the other parameters, chosen on val, that is this ratio.
@@ -80,22 +81,32 @@ class Muon(torch.optim.AdamW):
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`."""
+    """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`.
+
+    The factors of learned padding are a group of their own, which does not decay: their home is 1, not 0.
+    """
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    whole = [{"params": list(model.parameters()), "peak_lr": config.lr}]
+    factors = [layer.border for layer in model.modules() if isinstance(layer, LearnedConv2d)]
+    undecayed = [{"params": factors, "peak_lr": config.lr, "weight_decay": 0.0}] if factors else []
+    whole: dict[str, Any] = {"params": without(factors, model.parameters()), "peak_lr": config.lr}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(whole, momentum=MOMENTUM, nesterov=True, **options)
+        return torch.optim.SGD([whole, *undecayed], momentum=MOMENTUM, nesterov=True, **options)
     if config.optimizer != "muon":
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return kind(whole, **options)
+        return kind([whole, *undecayed], **options)
     # The first convolution has one input channel, a matrix of 32 x 9: nothing to orthogonalise.
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 4 and parameter.shape[1] > 1]
-    chosen = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    matrices = [parameter for parameter in whole["params"] if parameter.ndim == 4 and parameter.shape[1] > 1]
     return Muon(
         [
-            {"params": rest, "peak_lr": config.lr, "muon": False},
-            {"params": matrices, "peak_lr": config.lr, "muon": True},
+            whole | {"params": without(matrices, whole["params"]), "muon": False},
+            whole | {"params": matrices, "muon": True},
+            *undecayed,
         ],
         **options,
     )
+
+
+def without(left_out: Sequence[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return `parameters` but for those of `left_out`, told by what they are: `==` compares their elements."""
+    known = {id(parameter) for parameter in left_out}
+    return [parameter for parameter in parameters if id(parameter) not in known]

@@ -21,7 +21,7 @@ from fashion.cluster import Plan
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
 from fashion.keeper import name_of
 from fashion.metrics import best_epoch, epoch_rows, summarise
-from fashion.model import NUM_PARAMETERS
+from fashion.model import num_parameters
 from fashion.preflight import check_every_node_sees
 from fashion.progress import Bar, EpochReporter, last_line
 from fashion.storage import Storage
@@ -172,7 +172,7 @@ def identity_columns(config: TrainConfig, manifest: data.Manifest) -> dict[str, 
         "source_hash": report.source_hash(),
         "preset": config.preset,
         "config_json": report.config_json(config),
-        "num_parameters": NUM_PARAMETERS[config.depth],
+        "num_parameters": num_parameters(config.depth, config.padding),
         "data_mode": config.data_mode,
         "hardware": report.hardware(),
     } | report.versions()

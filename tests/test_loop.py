@@ -11,6 +11,7 @@ from torch import nn
 
 from fashion import loop
 from fashion.config import TrainConfig
+from fashion.model import LearnedConv2d
 from fashion.optimizer import BLOCK_ROWS, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, build_optimizer, orthogonalised
 
 CPU = torch.device("cpu")
@@ -276,6 +277,26 @@ def test_muon_is_adamw_outside_the_convolutions() -> None:
     for key in ("0.weight", "0.bias", "1.bias", "3.weight", "3.bias"):
         assert torch.equal(nets["muon"].state_dict()[key], nets["adamw"].state_dict()[key]), key
     assert not torch.equal(nets["muon"].state_dict()["1.weight"], nets["adamw"].state_dict()["1.weight"])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_the_factors_of_learned_padding_move_and_do_not_decay(name: str) -> None:
+    """The weights of the same layers do: they go towards 0 where no gradient pulls."""
+    net = nn.Sequential(LearnedConv2d(1, 4, 6), LearnedConv2d(4, 8, 6))
+    optimizer = build_optimizer(TrainConfig(optimizer=name, lr=0.01, weight_decay=0.5), net)
+    counted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len({id(parameter) for parameter in counted}) == len(counted) == len(list(net.parameters()))
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimizer.step()
+    assert all(torch.equal(layer.border, torch.ones(2)) for layer in net)
+    assert all(net.state_dict()[key].abs().sum() < before[key].abs().sum() for key in ("0.weight", "1.weight"))
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all((layer.border < 1).all() for layer in net)
+    assert all(group["peak_lr"] == 0.01 for group in optimizer.param_groups)
 
 
 def test_muon_steps_have_the_size_that_the_ratio_promises() -> None:

@@ -4,9 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fashion.config import TrainConfig
+from fashion.config import Depth, TrainConfig
 from fashion.fit import build_model
-from fashion.model import NUM_PARAMETERS, FashionCNN, Flatten, PartialConv2d, count_parameters, place
+from fashion.model import (
+    NUM_PARAMETERS,
+    FashionCNN,
+    Flatten,
+    LearnedConv2d,
+    PartialConv2d,
+    count_parameters,
+    num_parameters,
+    place,
+)
 
 PUBLISHED_LAYERS = {
     "conv1": 320,
@@ -114,6 +123,60 @@ def test_partial_padding_equals_its_definition() -> None:
     assert layer.bias is not None
     expected = F.conv2d(x, layer.weight, padding=1) * 9 / mask + layer.bias.view(1, -1, 1, 1)
     assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [("vgg", 7_001_194 + 12), ("deep-bn", 7_630_122 + 16)])
+def test_learned_padding_adds_two_parameters_per_convolution(depth: Depth, expected: int) -> None:
+    model = make(padding="learned", depth=depth)
+    assert count_parameters(model) == num_parameters(depth, "learned") == expected
+    assert num_parameters(depth, "partial") == NUM_PARAMETERS[depth]
+
+
+@pytest.mark.parametrize("size", [3, 14])
+@pytest.mark.parametrize(("border", "as_padding"), [((1.0, 1.0), "zeros"), ((1.5, 2.25), "partial")])
+def test_learned_padding_holds_the_other_two(size: int, border: tuple[float, float], as_padding: str) -> None:
+    """To the bit in fp32, where the bias is added as a step of its own, which torch's own layer need not do."""
+    torch.manual_seed(1)
+    learned, partial = LearnedConv2d(3, 4, size), PartialConv2d(3, 4, size)
+    if as_padding == "partial":
+        with torch.no_grad():
+            learned.border.copy_(torch.tensor(border))
+    else:
+        partial.ratio.fill_(1.0)
+    assert learned.border.tolist() == list(border)
+    partial.load_state_dict({name: learned.state_dict()[name] for name in ("weight", "bias")})
+    x = torch.randn(2, 3, size, size)
+    assert torch.equal(learned(x), partial(x))
+    if as_padding == "zeros":
+        assert torch.allclose(learned(x), F.conv2d(x, learned.weight, learned.bias, padding=1), atol=1e-5)
+
+
+def test_learned_factors_get_the_gradients_of_their_places() -> None:
+    """By the definition: the output without bias, times what comes back, summed over edges and over corners."""
+    torch.manual_seed(1)
+    layer = LearnedConv2d(3, 4, 5)
+    x, back = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
+    layer(x).backward(back)
+    products = (F.conv2d(x, layer.weight, padding=1) * back).sum((0, 1)).detach()
+    corners = products[::4, ::4].sum()
+    edges = products.sum() - products[1:-1, 1:-1].sum() - corners
+    assert torch.allclose(layer.border.grad, torch.stack([edges, corners]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", ["vgg", "deep-bn"])
+def test_a_network_with_learned_padding_starts_as_that_with_zeros(depth: Depth) -> None:
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    zeros, learned = (place(make(padding=each, depth=depth), torch.device("cpu")) for each in ("zeros", "learned"))
+    assert torch.allclose(zeros(images), learned(images), atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = learned.train()(images)
+    F.cross_entropy(logits.float(), torch.arange(4)).backward()
+    gradients = {name: each.grad for name, each in learned.named_parameters() if name.endswith("border")}
+    assert len(gradients) == (6 if depth == "vgg" else 8)
+    assert all(gradient is not None and gradient.abs().min() > 0 for gradient in gradients.values()), gradients
+    assert learned.conv2(torch.zeros(1, 32, 28, 28).contiguous(memory_format=torch.channels_last)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_paddings_differ_only_near_the_border() -> None:
