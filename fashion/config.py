@@ -153,6 +153,8 @@ class TrainConfig:
     """Horizontal flips: none, a coin per image and epoch, or a coin per image that turns every epoch."""
     shift: int = 0
     """Largest random shift in pixels along each axis, 0 to 8; 0 turns it off."""
+    erase: float = 0.0
+    """Share of training images, in [0, 1), that get a rectangle of 2 to 40 % of their area erased; 0 turns it off."""
     precision: Precision = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the hardware has it natively."""
     data_mode: Literal["resident", "streaming"] = "resident"
@@ -178,7 +180,7 @@ class TrainConfig:
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             f"--weight-decay {self.weight_decay} must be finite and at least 0",
         )
-        for name in ("warmup_fraction", "label_smoothing", "dropout_conv", "dropout_fc"):
+        for name in ("warmup_fraction", "label_smoothing", "dropout_conv", "dropout_fc", "erase"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{flag(name)} {value} must lie in [0, 1), that is 0 <= value < 1")
         require(0 <= self.shift <= 8, f"--shift {self.shift} must lie between 0 and 8 pixels")

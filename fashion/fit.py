@@ -273,7 +273,7 @@ def resident_batches(
     config: TrainConfig, images: Tensor, labels: Tensor, rank: Rank, num_steps: int
 ) -> Callable[[int], Iterator[loop.Batch]]:
     """Return `train_batches(epoch)` over a shard that stays on the device: each epoch is a permutation of its index."""
-    augmentation = loop.Augmentation(config.flip, config.shift)
+    augmentation = loop.Augmentation(config.flip, config.shift, config.erase)
 
     def train_batches(epoch: int) -> Iterator[loop.Batch]:
         return loop.shuffled_batches(

@@ -249,7 +249,7 @@ def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Ca
     """
     shard = ray.train.get_dataset_shard("train")
     batch_size = config.global_batch_size // rank.world_size
-    augmentation = loop.Augmentation(config.flip, config.shift)
+    augmentation = loop.Augmentation(config.flip, config.shift, config.erase)
 
     def train_batches(epoch: int) -> Iterator[loop.Batch]:
         generator = torch.Generator().manual_seed(loop.stream_seed(config.seed, epoch, rank.rank, 0))

@@ -18,7 +18,7 @@ def test_presets_carry_their_name_and_survive_a_round_trip(name: str) -> None:
 
 def test_the_published_recipe_has_no_augmentation_and_some_dropout() -> None:
     seed = config.preset("seed")
-    assert (seed.flip, seed.shift, seed.label_smoothing) == ("none", 0, 0)
+    assert (seed.flip, seed.shift, seed.erase, seed.label_smoothing) == ("none", 0, 0, 0)
     assert seed.dropout_conv > 0
     assert seed.dropout_fc > 0
 
@@ -32,6 +32,7 @@ def test_the_published_recipe_has_no_augmentation_and_some_dropout() -> None:
         ("dropout_conv", 1.0, r"--dropout-conv 1.0 must lie in \[0, 1\)"),
         ("dropout_fc", -0.1, r"--dropout-fc -0.1 must lie in \[0, 1\)"),
         ("dropout_fc", math.nan, r"--dropout-fc nan must lie in"),
+        ("erase", 1.0, r"--erase 1.0 must lie in \[0, 1\)"),
         ("epochs", 0, r"--epochs 0 must be at least 1"),
         ("global_batch_size", 0, r"--global-batch-size 0"),
         ("weight_decay", math.nan, r"--weight-decay nan"),

@@ -192,6 +192,75 @@ def test_shifts_move_by_every_amount_up_to_the_limit_and_fill_with_background() 
     assert (out.flatten(1).sum(1) == 255).all()
 
 
+def erased(share: float, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Return which pixels (B, 28, 28) were erased; as good as all, for noise may leave a value as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    return (loop.erase_rectangles(images, share, generator) != images).squeeze(1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_erasing_meets_its_share_and_its_areas(share: float) -> None:
+    changed = erased(share, torch.zeros(4000, 1, 28, 28, dtype=torch.uint8))
+    hit = changed.flatten(1).any(1)
+    assert hit.float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+    shapes = []
+    for places in changed[hit]:
+        rows, columns = places.any(1).nonzero(), places.any(0).nonzero()
+        tall, wide = (int(side.max() - side.min()) + 1 for side in (rows, columns))
+        assert places.sum() >= 0.75 * tall * wide, "what was erased is a rectangle"
+        shapes.append((tall, wide))
+    areas = np.array([tall * wide / 784 for tall, wide in shapes])
+    assert 0.015 < areas.min() < 0.04, "rounded to whole pixels"
+    assert 0.36 < areas.max() < 0.42
+    # Ratios go as far as the paper's, but for rounding, and tall is as likely as wide.
+    ratios = np.log([tall / wide for tall, wide in shapes])
+    assert 1.1 < abs(ratios).max() < math.log(1 / 0.3) + 0.6
+    assert abs(ratios.mean()) < 5 * ratios.std() / math.sqrt(len(ratios))
+
+
+def test_erasing_reaches_every_pixel_and_fills_it_with_all_values() -> None:
+    images = torch.zeros(3000, 1, 28, 28, dtype=torch.uint8)
+    out = loop.erase_rectangles(images, 0.9, torch.Generator().manual_seed(0))
+    assert (out != 0).any(0).all()
+    counts = torch.bincount(out.flatten().long(), minlength=256)[1:].float()
+    assert counts.min() > 0.9 * counts.mean()
+    assert counts.max() < 1.1 * counts.mean()
+
+
+def test_erasing_keeps_what_lies_around_and_depends_on_the_generator_alone() -> None:
+    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    before = images.clone()
+    # Where a black image or a white one changes, something was erased: noise leaves no value of both as it is.
+    places = erased(0.9, torch.zeros_like(images)) | erased(0.9, torch.full_like(images, 255))
+    changed = erased(0.9, images)
+    assert torch.equal(images, before), "the shard stays as it is"
+    assert not (changed & ~places).any()
+    assert (changed & places).sum() > 0.97 * places.sum()
+    assert torch.equal(changed, erased(0.9, images))
+    assert not torch.equal(changed, erased(0.9, images, seed=1))
+
+
+def test_a_batch_is_erased_last_and_its_labels_stay(rows: loop.Batch) -> None:
+    """The first batch is flipped and shifted alike with and without."""
+    plain, erasing = (batches_of(rows, flip="random", shift=2, erase=share) for share in (0.0, 0.5))
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(plain, erasing, strict=True))
+    changed = (plain[0][0] != erasing[0][0]).flatten(1).float().mean(1)
+    assert 4 <= (changed > 0).sum() <= 16
+    assert changed.max() <= 0.42
+    assert same(erasing, batches_of(rows, flip="random", shift=2, erase=0.5))
+    assert not same(erasing, batches_of(rows, flip="random", shift=2, erase=0.5, rank=1))
+
+
+def test_without_erasing_nothing_more_is_drawn() -> None:
+    """So runs from before there was erasing repeat to the bit: a coin per row, then two moves."""
+    generator, reference = (torch.Generator().manual_seed(3) for _ in range(2))
+    images = torch.zeros(20, 1, 28, 28, dtype=torch.uint8)
+    loop.Augmentation("random", 2).apply(images, torch.arange(20), seed=0, epoch=1, generator=generator)
+    torch.rand(20, generator=reference)
+    torch.randint(0, 5, (2, 20, 1), generator=reference)
+    assert torch.equal(generator.get_state(), reference.get_state())
+
+
 def test_streams_differ_in_every_part_of_the_key() -> None:
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0)]
     assert len({loop.stream_seed(*key) for key in keys[:5]}) == 5
