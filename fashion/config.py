@@ -155,6 +155,8 @@ class TrainConfig:
     """Largest random shift in pixels along each axis, 0 to 8; 0 turns it off."""
     erase: float = 0.0
     """Share of training images, in [0, 1), that get a rectangle of 2 to 40 % of their area erased; 0 turns it off."""
+    tta: Literal["none", "flip"] = "none"
+    """What evaluation averages: none takes an image as it is, flip the logits of an image and of its mirror image."""
     precision: Precision = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the hardware has it natively."""
     data_mode: Literal["resident", "streaming"] = "resident"

@@ -38,9 +38,11 @@ def classify(
     """
     fit.prepare_process(threads)
     device = torch.device("cuda" if use_gpu else "cpu")
-    model = load_model(open_storage(uri), folder, TrainConfig.from_dict(config), device)
+    settings = TrainConfig.from_dict(config)
+    model = load_model(open_storage(uri), folder, settings, device)
     starts = range(0, len(rows), ROWS_PER_BATCH)
-    return pa.concat_tables(classify_batch(model, rows.slice(at, ROWS_PER_BATCH), precision, device) for at in starts)
+    batches = (rows.slice(at, ROWS_PER_BATCH) for at in starts)
+    return pa.concat_tables(classify_batch(model, batch, precision, device, settings.tta) for batch in batches)
 
 
 def load_model(storage: Storage, folder: str, config: TrainConfig, device: torch.device) -> FashionCNN:
@@ -77,14 +79,12 @@ def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
 
 
 @torch.inference_mode()
-def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device) -> pa.Table:
+def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device, tta: str) -> pa.Table:
     """Classify one batch; see `classify`."""
     rows = data.from_table(batch)
     images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(device)
     labels = torch.from_numpy(rows.labels.astype(np.int64)).to(device)
-    with loop.autocast(precision, device):
-        logits = model(images)
-    logits = logits.float()
+    logits = loop.classify(model, images, precision=precision, device=device, tta=tta)
     losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()
     return pa.table(

@@ -238,7 +238,7 @@ class Run:
         loop.average_statistics(self.model)
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
         batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
-        val = loop.evaluate(self.model, batches, precision=self.precision, device=self.rank.device)
+        val = loop.evaluate(self.model, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta)
         assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
         if not math.isfinite(val.loss):
             # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.

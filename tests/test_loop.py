@@ -63,6 +63,31 @@ def test_evaluation_does_not_depend_on_how_rows_are_batched(rows: loop.Batch, ba
     assert sums.loss == pytest.approx(-log_softmax[np.arange(103), labels].mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_logits_are_the_mean_over_an_image_and_its_mirror_image(rows: loop.Batch, tta: str) -> None:
+    model = Tiny()
+    one, other = model(rows[0]), model(rows[0].flip(-1))
+    expected = (one + other) / 2 if tta == "flip" else one
+    assert torch.equal(loop.classify(model, rows[0], precision="fp32", device=CPU, tta=tta), expected)
+    sums = loop.evaluate(model, [rows], precision="fp32", device=CPU, tta=tta)
+    assert sums.loss == pytest.approx(F.cross_entropy(expected, rows[1]).item(), rel=1e-5)
+    assert sums.num_correct == (expected.argmax(1) == rows[1]).sum()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flipped_rows_evaluate_alike_to_the_bit_where_both_views_are_averaged(rows: loop.Batch, precision: str) -> None:
+    mirrored = rows[0].flip(-1), rows[1]
+    found = {
+        tta: [
+            loop.evaluate(Tiny(), loop.plain_batches(*each, 50), precision=precision, device=CPU, tta=tta)
+            for each in (rows, mirrored)
+        ]
+        for tta in ("flip", "none")
+    }
+    assert found["flip"][0] == found["flip"][1]
+    assert found["none"][0] != found["none"][1]
+
+
 def test_training_sums_count_the_rows_seen(rows: loop.Batch) -> None:
     result = train(Tiny(), list(loop.plain_batches(*rows, 25)))
     assert result.sums.num_rows == 103
