@@ -23,6 +23,8 @@ OPTIMIZER = "optimizer.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
+TRAINED = "trained.safetensors"
+"""Where `WEIGHTS` are those of a moving average: the weights that the optimizer goes on from."""
 GLOBALS = {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
 """What an optimizer's state names. torch would call more, such as `bytearray`: twenty bytes that take any memory."""
 
@@ -35,17 +37,23 @@ class OtherVersion(RuntimeError):
     """A whole checkpoint that other code than this wrote, in a form of its own."""
 
 
-def encode(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, bytes]:
-    """Return a checkpoint as files, name -> content. The manifest comes last: without it, a folder is no checkpoint."""
+def encode(
+    model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], trained: nn.Module | None = None
+) -> dict[str, bytes]:
+    """Return a checkpoint as files, name -> content. The manifest comes last: without it, a folder is no checkpoint.
+
+    `model` is what the checkpoint is evaluated by, `trained` what `optimizer` moves, where that is another one.
+    """
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    files = {
-        WEIGHTS: save_safetensors(state),
-        OPTIMIZER: buffer.getvalue(),
-        PROGRESS: json.dumps(progress).encode(),
-    }
+    files = {WEIGHTS: encode_weights(model)} | ({TRAINED: encode_weights(trained)} if trained is not None else {})
+    files |= {OPTIMIZER: buffer.getvalue(), PROGRESS: json.dumps(progress).encode()}
     return files | {MANIFEST: manifest_of(files).encode()}
+
+
+def encode_weights(model: nn.Module) -> bytes:
+    """Return all that `model` saves, as safetensors."""
+    return save_safetensors({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()})
 
 
 def manifest_of(files: dict[str, bytes]) -> str:
@@ -64,21 +72,21 @@ def verified(name: str, manifest: bytes, data: bytes) -> bytes:
     return data
 
 
-def load_weights(data: bytes) -> dict[str, Tensor]:
-    """Parse safetensors bytes into a state dict on the CPU. Raises `DamagedCheckpoint`."""
+def load_weights(data: bytes, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """Parse the content of the safetensors file `name` into a state dict on the CPU. Raises `DamagedCheckpoint`."""
     try:
         return load_safetensors(data)
     except Exception as error:  # its own kind, and whatever torch says of types and shapes
-        raise damaged(WEIGHTS, error) from error
+        raise damaged(name, error) from error
 
 
-def fitting_weights(data: bytes, model: nn.Module) -> dict[str, Tensor]:
+def fitting_weights(data: bytes, model: nn.Module, name: str = WEIGHTS) -> dict[str, Tensor]:
     """Parse weights as `model` takes them; raises `DamagedCheckpoint` if names, shapes or types are not its own."""
-    weights, own = load_weights(data), model.state_dict()
-    found, expected = ({name: (each.shape, each.dtype) for name, each in side.items()} for side in (weights, own))
+    weights, own = load_weights(data, name), model.state_dict()
+    found, expected = ({key: (each.shape, each.dtype) for key, each in side.items()} for side in (weights, own))
     if found != expected:
-        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise damaged(WEIGHTS, f"{wrong[0]} is {found.get(wrong[0])}, the network has {expected.get(wrong[0])}")
+        wrong = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        raise damaged(name, f"{wrong[0]} is {found.get(wrong[0])}, the network has {expected.get(wrong[0])}")
     return weights
 
 
@@ -157,6 +165,8 @@ def check(read_file: Callable[[str], bytes]) -> None:
     manifest = read_file(MANIFEST)
     for name in FILES:
         verified(name, manifest, read_file(name))
+    if TRAINED in parse_object(manifest):
+        verified(TRAINED, manifest, read_file(TRAINED))
 
 
 def restore(
@@ -164,20 +174,26 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     look_at: Callable[[dict[str, Any]], None],
+    trained: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Restore `model` and `optimizer` from verified files and return the progress.
+    """Restore what `encode` was given from verified files, and return the progress.
 
     `read_file(name)` gives a file's content; `look_at(progress)` raises if the run cannot go on from there. Raises
     `DamagedCheckpoint`; nothing is changed then.
     """
     manifest = read_file(MANIFEST)
     weights_file, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
+    networks = [(WEIGHTS, weights_file, model)]
+    if trained is not None:
+        networks.append((TRAINED, verified(TRAINED, manifest, read_file(TRAINED)), trained))
     try:
         progress = parse_object(progress_file)
     except ValueError as error:
         raise damaged(PROGRESS, error) from error
     look_at(progress)
-    weights, state = fitting_weights(weights_file, model), fitting_state(optimizer_file, optimizer)
-    model.load_state_dict(weights)
+    weights = [fitting_weights(content, network, name) for name, content, network in networks]
+    state = fitting_state(optimizer_file, optimizer)
+    for (_, _, network), tensors in zip(networks, weights, strict=True):
+        network.load_state_dict(tensors)
     optimizer.load_state_dict(state)
     return progress

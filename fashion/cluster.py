@@ -17,6 +17,7 @@ from fashion.space import SearchConfig, SearchScale
 
 # Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
 CHECKPOINT_MB = 92
+AVERAGE_MB = 31  # the weights once more, where an average of them is evaluated
 # Memory of the process that a trial with workers of its own adds to them.
 NESTED_TRIAL_BYTES = 1_000_000_000
 
@@ -169,6 +170,8 @@ class SearchPlan:
     rungs: list[int]
     judge_by: str
     max_epochs: int
+    checkpoint_mb: int
+    """Size of one checkpoint."""
 
     def process_resources(self) -> dict[str, float]:
         """Return what Ray reserves for a trial's own process: no CPU if its workers are processes of their own."""
@@ -193,7 +196,7 @@ class SearchPlan:
             own["data"],
             own["precision"],
             f"disk       {2 * self.concurrent} checkpoints at most, of unfinished trials, about "
-            f"{2 * self.concurrent * CHECKPOINT_MB / 1000:.1f} GB",
+            f"{2 * self.concurrent * self.checkpoint_mb / 1000:.1f} GB",
         ]
 
 
@@ -225,6 +228,7 @@ def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale
         rungs=config.rungs,
         judge_by=config.judge_by,
         max_epochs=config.max_epochs,
+        checkpoint_mb=CHECKPOINT_MB + (AVERAGE_MB if base.ema_decay else 0),
     )
 
 

@@ -155,6 +155,9 @@ class TrainConfig:
     """Largest random shift in pixels along each axis, 0 to 8; 0 turns it off."""
     erase: float = 0.0
     """Share of training images, in [0, 1), that get a rectangle of 2 to 40 % of their area erased; 0 turns it off."""
+    ema_decay: float = 0.0
+    """Share of the weights' moving average that stays in each step, in [0, 1), less in the first steps; val, the choice
+    of the checkpoint, and test see the average. 0 turns it off, and the weights themselves are seen."""
     tta: Literal["none", "flip"] = "none"
     """What evaluation averages: none takes an image as it is, flip the logits of an image and of its mirror image."""
     precision: Precision = "auto"
@@ -182,7 +185,7 @@ class TrainConfig:
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             f"--weight-decay {self.weight_decay} must be finite and at least 0",
         )
-        for name in ("warmup_fraction", "label_smoothing", "dropout_conv", "dropout_fc", "erase"):
+        for name in ("warmup_fraction", "label_smoothing", "dropout_conv", "dropout_fc", "erase", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{flag(name)} {value} must lie in [0, 1), that is 0 <= value < 1")
         require(0 <= self.shift <= 8, f"--shift {self.shift} must lie between 0 and 8 pixels")

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fashion import checkpoint, loop
+from fashion.average import begin_average, move_average
 from fashion.config import TrainConfig
 from fashion.metrics import Metrics
 from fashion.model import FashionCNN, count_parameters, initialise, place
 from fashion.optimizer import build_optimizer
 
 EVAL_BATCH_SIZE = 500
-PROGRESS_FORMAT = 3
+PROGRESS_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Run:
         self.precision = loop.resolve_precision(config.precision, rank.device)
         torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
+        self.evaluated = begin_average(self.model) if config.ema_decay else self.model
+        """What is judged on val, chosen and loaded from a checkpoint: the average of the weights, or the network."""
         self.optimizer = build_optimizer(config, self.model)
         self.wrapped, self.exchange = wrap(self.model, self.precision)
         self.history: list[Metrics] = []
@@ -119,16 +122,21 @@ class Run:
         """Return a checkpoint's files."""
         positions = [dataclasses.asdict(position) for position in self.positions]
         progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": positions}
-        return checkpoint.encode(self.model, self.optimizer, progress)
+        return checkpoint.encode(self.evaluated, self.optimizer, progress, self._trained)
 
     def restore(self, read_file: Callable[[str], bytes]) -> None:
         """Continue from a checkpoint whose files `read_file(name)` gives.
 
         Raises `checkpoint.DamagedCheckpoint`, and `checkpoint.OtherVersion` for files that this code cannot read.
         """
-        progress = checkpoint.restore(read_file, self.model, self.optimizer, self._look_at)
+        progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._look_at, self._trained)
         self.history = progress["history"]
         self.positions = loop.positions_from(progress["positions"])
+
+    @property
+    def _trained(self) -> nn.Module | None:
+        """The network that the optimizer moves, if another one is evaluated."""
+        return None if self.evaluated is self.model else self.model
 
     def _look_at(self, progress: dict[str, Any]) -> None:
         """Raise unless `progress` is one that `encode` could have written for this run."""
@@ -173,6 +181,7 @@ class Run:
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
             metrics = self._train(epoch, on_step, wants_pause, on_pause)
+            loop.average_statistics(self.model)
             if self.rows.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
@@ -201,6 +210,11 @@ class Run:
         if begin.states:
             loop.restore_own_states(begin.states, self.model, device)
 
+        def after_step(step: int) -> None:
+            if config.ema_decay:
+                move_average(self.evaluated, self.model, config.ema_decay, (epoch - 1) * self.steps + step)
+            on_step(epoch, step)
+
         def pause(position: loop.Position) -> None:
             self.positions = loop.gathered(position)
             on_pause()
@@ -216,7 +230,7 @@ class Run:
             precision=self.precision,
             label_smoothing=config.label_smoothing,
             device=device,
-            on_step=lambda step: on_step(epoch, step),
+            on_step=after_step,
             begin=begin,
             wants_pause=lambda is_over: wants_pause(self._val_time_s() if is_over else 0.0),
             on_pause=pause,
@@ -235,10 +249,11 @@ class Run:
 
     def _evaluate(self, epoch: int) -> Metrics:
         started = time.perf_counter()
-        loop.average_statistics(self.model)
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
         batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
-        val = loop.evaluate(self.model, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta)
+        val = loop.evaluate(
+            self.evaluated, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta
+        )
         assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
         if not math.isfinite(val.loss):
             # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.

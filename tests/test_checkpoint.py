@@ -104,6 +104,67 @@ def test_what_the_run_cannot_use_is_refused_though_its_sums_fit(saved: tuple[Pat
     assert not other_optimizer.state_dict()["state"]
 
 
+# --- with an average of the weights --------------------------------------------------------------------------------
+
+
+def averaged() -> tuple[dict[str, bytes], nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Return a checkpoint, the average in it, the network that was trained, and its optimizer."""
+    (average, _), (trained, optimizer) = make(2), make(0)
+    step(trained, optimizer)
+    return checkpoint.encode(average, optimizer, PROGRESS, trained), average, trained, optimizer
+
+
+def test_an_average_and_what_goes_on_are_restored_each_to_its_own() -> None:
+    files, average, trained, optimizer = averaged()
+    assert list(files)[-1] == checkpoint.MANIFEST
+    checkpoint.check(files.__getitem__)
+    (other_average, _), (other, other_optimizer) = make(3), make(4)
+    checkpoint.restore(files.__getitem__, other_average, other_optimizer, whole, other)
+    for pair in ((trained, optimizer), (other, other_optimizer)):
+        step(*pair)
+    for one, two in ((average, other_average), (trained, other)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    # Whoever evaluates reads the average under the name that weights always have.
+    found = checkpoint.load_weights(files[checkpoint.WEIGHTS])
+    assert all(torch.equal(found[name], value) for name, value in average.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "missing", "unnamed", "of another network"])
+def test_damage_of_the_trained_weights_is_noticed_and_changes_nothing(damage: str) -> None:
+    files, average, trained, optimizer = averaged()
+    content = bytearray(files[checkpoint.TRAINED])
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "truncate":
+        content = content[: len(content) // 2]
+    elif damage == "empty":
+        content = bytearray()
+    files[checkpoint.TRAINED] = bytes(content)
+    if damage == "of another network":
+        files = checkpoint.encode(average, optimizer, PROGRESS, nn.Linear(4, 9))
+    elif damage == "unnamed":
+        named = {name: files[name] for name in checkpoint.FILES}
+        files[checkpoint.MANIFEST] = checkpoint.manifest_of(named).encode()
+    elif damage == "missing":
+        del files[checkpoint.TRAINED]
+
+    def read_file(name: str) -> bytes:
+        if name not in files:
+            raise DamagedCheckpoint(f"checkpoint file {name} is missing")
+        return files[name]
+
+    if damage not in ("unnamed", "of another network"):  # whose sums fit
+        with pytest.raises(DamagedCheckpoint, match=r"trained\.safetensors"):
+            checkpoint.check(read_file)
+    networks = nn.ModuleList([make(3)[0], trained])
+    before = {key: value.clone() for key, value in networks.state_dict().items()}
+    state = repr(optimizer.state_dict())
+    with pytest.raises(DamagedCheckpoint, match=r"trained\.safetensors"):
+        checkpoint.restore(read_file, networks[0], optimizer, whole, trained)
+    assert all(torch.equal(before[key], value) for key, value in networks.state_dict().items())
+    assert repr(optimizer.state_dict()) == state
+
+
 class Trap:
     """Leaves a mark when it is unpickled."""
 

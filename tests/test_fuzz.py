@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fashion import checkpoint, cli, config, data, ledger, metrics, report
+from fashion.average import begin_average
 from fashion.checkpoint import DamagedCheckpoint
 from fashion.config import TrainConfig, UserError
 from fashion.fit import PROGRESS_FORMAT
@@ -476,9 +477,17 @@ def test_flags(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRESS = {"format": PROGRESS_FORMAT, "history": [{"epoch": 1, "train_loss": 0.5}]}
 
 
-def restored(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restored(
+    files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer, trained: nn.Module | None = None
+) -> dict[str, Any]:
     """Restore from `files` and take any progress: what it holds is `fit`'s to judge."""
-    return checkpoint.restore(files.__getitem__, model, optimizer, lambda progress: None)
+
+    def read_file(name: str) -> bytes:
+        if name not in files:  # as a keeper's reader says it
+            raise DamagedCheckpoint(f"checkpoint file {name} is missing")
+        return files[name]
+
+    return checkpoint.restore(read_file, model, optimizer, lambda progress: None, trained)
 
 
 def make(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -491,10 +500,20 @@ def make(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, made
 
 
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+def make_averaged(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+    """Return the same, but the network that is trained last, and an average of it first."""
+    trained, made = make(optimizer)
+    average = begin_average(trained)
+    for parameter in average.parameters():
+        parameter.mul_(0.5)
+    return average, made, trained
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer, trained: nn.Module | None = None) -> str:
     """Return, written out, all that a restored checkpoint could change."""
     state, groups = optimizer.state_dict()["state"], optimizer.state_dict()["param_groups"]
-    tensors = [*model.state_dict().values(), *(value for each in state.values() for value in each.values())]
+    weights = [value for network in (model, trained) if network is not None for value in network.state_dict().values()]
+    tensors = [*weights, *(value for each in state.values() for value in each.values())]
     return repr([[tensor.tolist() for tensor in tensors], [sorted(each) for each in state.values()], groups])
 
 
@@ -509,13 +528,16 @@ def one_thread() -> Any:
 def test_checkpoints(one_thread: None) -> None:
     """Damaged after the sums were made, and before: then they fit."""
     saved = {name: checkpoint.encode(*make(name), PROGRESS) for name in ("sgd", "adam", "muon")}
-    targets = {name: make(name) for name in saved}
+    targets: dict[str, Any] = {name: make(name) for name in saved}
+    average, made, trained = targets["average"] = make_averaged("adam")
+    saved["average"] = checkpoint.encode(average, made, PROGRESS, trained)
     untouched = {name: everything(*target) for name, target in targets.items()}
 
     def parse(rng: Random) -> None:
         kind = rng.choice(list(saved))
         files = dict(saved[kind if rng.random() < 0.9 else rng.choice(list(saved))])
-        name = rng.choice(checkpoint.FILES)
+        names = [each for each in files if each != checkpoint.MANIFEST]
+        name = rng.choice(names)
         if name == checkpoint.PROGRESS:
             files[name] = hostile_json(rng, PROGRESS)
         elif name == checkpoint.OPTIMIZER and rng.random() < 0.7:
@@ -523,21 +545,19 @@ def test_checkpoints(one_thread: None) -> None:
         else:
             files[name] = damaged(rng, files[name])
         if rng.random() < 0.9:
-            files[checkpoint.MANIFEST] = checkpoint.manifest_of(
-                {each: files[each] for each in checkpoint.FILES}
-            ).encode()
+            files[checkpoint.MANIFEST] = checkpoint.manifest_of({each: files[each] for each in names}).encode()
         elif rng.random() < 0.5:
             files[checkpoint.MANIFEST] = hostile_json(rng, json.loads(files[checkpoint.MANIFEST]))
-        model, optimizer = targets[kind]
+        model, optimizer, *trained = targets[kind]
         try:
-            progress = restored(files, model, optimizer)
+            progress = restored(files, *targets[kind])
         except DamagedCheckpoint:
-            assert everything(model, optimizer) == untouched[kind]
+            assert everything(*targets[kind]) == untouched[kind]
             raise
         assert isinstance(progress, dict)
-        model(torch.ones(3, 2, 4, 4)).square().sum().backward()
+        [*trained, model][0](torch.ones(3, 2, 4, 4)).square().sum().backward()
         optimizer.step()  # what was let in can be gone on from
-        untouched[kind] = everything(model, optimizer)
+        untouched[kind] = everything(*targets[kind])
 
     fuzz(parse, told="checkpoint")
 

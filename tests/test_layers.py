@@ -37,6 +37,7 @@ LAYERS: dict[str, list[str]] = {
     ],
     "pyarrow": ["claim", "storage", "data", "report", "ledger", "plots", "bench.peer_keras"],
     "torch": [
+        "average",
         "dropout",
         "model",
         "loop",

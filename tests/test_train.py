@@ -23,7 +23,7 @@ from torch import Tensor
 import jobs.train
 from fashion import checkpoint, cluster, data, evaluation, loop, report, trainer
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError, flag, preset
-from fashion.fit import build_model
+from fashion.fit import PROGRESS_FORMAT, build_model
 from fashion.keeper import name_of
 from fashion.progress import Bar
 from fashion.storage import Storage, open_storage
@@ -99,6 +99,9 @@ RANDOM = TrainConfig(
     dropout_fc=0.1,
     flip="random",
     shift=1,
+    erase=0.1,
+    ema_decay=0.9,
+    tta="flip",
 )
 
 
@@ -385,7 +388,7 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     """A whole checkpoint of another form is no damage: nothing is trained over it."""
     place = f"runs/whole/{name_of(RANDOM.epochs)}"
     progress = json.loads(storage.read_bytes(place, checkpoint.PROGRESS)) | {"format": 99}
-    files = {name: storage.read_bytes(place, name) for name in checkpoint.FILES}
+    files = {name: storage.read_bytes(place, name) for name in (*checkpoint.FILES, checkpoint.TRAINED)}
     files[checkpoint.PROGRESS] = json.dumps(progress).encode()
     for name, content in files.items() | {(checkpoint.MANIFEST, checkpoint.manifest_of(files).encode())}:
         storage.write_bytes(content, place, name)
@@ -394,7 +397,7 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     faults = FaultConfig(max_failures=0)
     row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest, faults=faults))
     assert row["status"] == "failed"
-    assert "the checkpoint has form 99 and this code reads 3" in row["error"]
+    assert f"the checkpoint has form 99 and this code reads {PROGRESS_FORMAT}" in row["error"]
 
 
 def test_a_line_may_quote_what_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
