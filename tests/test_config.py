@@ -1,6 +1,7 @@
 """Settings: every mistake is refused with its value, its limit and a way out."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,20 @@ def test_presets_carry_their_name_and_survive_a_round_trip(name: str) -> None:
 def test_the_published_recipe_has_no_augmentation_and_some_dropout() -> None:
     seed = config.preset("seed")
     assert (seed.flip, seed.shift, seed.erase, seed.label_smoothing) == ("none", 0, 0, 0)
+    assert (seed.padding, seed.ema_decay, seed.tta) == ("zeros", 0, "none")
     assert seed.dropout_conv > 0
     assert seed.dropout_fc > 0
+
+
+def test_the_best_recipes_are_the_default_for_longer_with_every_cure() -> None:
+    """Both are spelt out: who changes the default decides about them anew."""
+    best, deep, default = (config.preset(name) for name in ("best", "best-deep", "default"))
+    assert (best.depth, best.padding, best.optimizer, best.init) == ("vgg", "zeros", "muon", "he")
+    assert (best.epochs, best.flip, best.shift, best.label_smoothing) == (10, "random", 1, 0.05)
+    assert 0.9 < best.ema_decay < 1
+    assert best.tta == "flip"
+    assert replace(best, preset="default", epochs=3, shift=0, ema_decay=0, tta="none") == default
+    assert replace(best, preset="best-deep", epochs=12, depth="deep-bn") == deep
 
 
 @pytest.mark.parametrize(
@@ -33,13 +46,15 @@ def test_the_published_recipe_has_no_augmentation_and_some_dropout() -> None:
         ("dropout_fc", -0.1, r"--dropout-fc -0.1 must lie in \[0, 1\)"),
         ("dropout_fc", math.nan, r"--dropout-fc nan must lie in"),
         ("erase", 1.0, r"--erase 1.0 must lie in \[0, 1\)"),
+        ("ema_decay", 1.0, r"--ema-decay 1.0 must lie in \[0, 1\)"),
+        ("ema_decay", -0.1, r"--ema-decay -0.1 must lie in"),
         ("epochs", 0, r"--epochs 0 must be at least 1"),
         ("global_batch_size", 0, r"--global-batch-size 0"),
         ("weight_decay", math.nan, r"--weight-decay nan"),
         ("shift", 9, r"--shift 9 must lie between 0 and 8"),
         ("max_train_rows", -1, r"--max-train-rows -1"),
         ("seed", -1, r"--seed -1"),
-        ("preset", "best-ever", r"--preset best-ever does not exist; known are default, seed, smoke"),
+        ("preset", "best-ever", r"--preset best-ever does not exist; known are default, best, best-deep, seed, smoke"),
     ],
 )
 def test_a_wrong_value_is_refused(field: str, value: object, told: str) -> None:
@@ -58,6 +73,7 @@ def test_an_unknown_setting_is_named() -> None:
         ({"lr": "fast"}, "--lr 'fast' must be of type float"),
         ({"lr": 10**400}, "--lr 1000"),
         ({"epochs": True}, "--epochs True must be of type int"),
+        ({"tta": "crop"}, r"--tta 'crop' must be of type Literal\['none', 'flip'\]"),
         ({"epochs": 2.0}, "--epochs 2.0 must be of type int"),
         ({"hold_out_val": None}, "--hold-out-val None must be of type bool"),
         ({"padding": ["zeros"]}, "--padding \\['zeros'\\] must be of type Literal"),

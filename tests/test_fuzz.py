@@ -456,6 +456,7 @@ def test_flags(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "DEFAULT_STORAGE", storage.uri)
     names = ["--storage", "--run-id", "--run_id", "--resume", "--search-id", "--preset", "--seed", "--val-rows"]
     names += ["--lr", "--epochs", "--num-workers", "--first", "--padding", "--split", "--rows", "--no-such", "--out"]
+    names += ["--erase", "--ema-decay", "--tta"]
 
     def parse(rng: Random) -> None:
         [name] = rng.choices(list(SHARES), SHARES.values())

@@ -36,7 +36,10 @@ MISTAKES = {
     "close flag": (["--dropout-fcc", "0.1"], "(perhaps --dropout-fc)"),
     "no number": (["--lr", "fast"], "--lr: could not convert string to float: 'fast'"),
     "missing value": (["--lr"], "--lr"),
-    "unknown preset": (["--preset", "bset"], "--preset bset does not exist; known are default, seed, smoke"),
+    "unknown preset": (
+        ["--preset", "bset"],
+        "--preset bset does not exist; known are default, best, best-deep, seed, smoke",
+    ),
     "batch not divisible": (["--num-workers", "3"], "--global-batch-size 128 is not divisible by 3 workers; take 126"),
     "negative lr": (["--lr", "-1"], "--lr -1.0 must be a finite number above 0"),
     "nan lr": (["--lr", "nan"], "--lr nan must be"),

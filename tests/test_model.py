@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fashion.config import Depth, TrainConfig
+from fashion.config import Depth, TrainConfig, preset
 from fashion.fit import build_model
 from fashion.model import (
     NUM_PARAMETERS,
@@ -123,6 +123,12 @@ def test_partial_padding_equals_its_definition() -> None:
     assert layer.bias is not None
     expected = F.conv2d(x, layer.weight, padding=1) * 9 / mask + layer.bias.view(1, -1, 1, 1)
     assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_the_preset_best_trains_the_published_network() -> None:
+    model = build_model(preset("best"), pixel_mean=0.3, pixel_std=0.35)
+    assert count_parameters(model) == 7_001_194
+    assert set(dict(model.named_parameters())) == set(dict(make().named_parameters()))
 
 
 @pytest.mark.parametrize(("depth", "expected"), [("vgg", 7_001_194 + 12), ("deep-bn", 7_630_122 + 16)])
