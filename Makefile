@@ -38,7 +38,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune evaluate report bench test check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate report bench test check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
 
 tune: setup ## Search lr and dropout with ASHA, then (REFIT=yes) train the winner on all rows
 	@$(RUN) jobs.tune $(tune_flags) $(source_flag)
+
+study: setup ## Compare cures against overfitting: PARTS, SEEDS, EPOCHS, MAX_TRAIN_ROWS; goes on where it was cut off
+	@$(RUN) jobs.study --storage $(storage) $(scale_flags) $(call flag,STUDY_ID,study-id) $(call flag,PARTS,parts) \
+		$(call flag,SEEDS,seeds) $(call flag,EPOCHS,epochs) $(call flag,MAX_TRAIN_ROWS,max-train-rows) $(source_flag) $(ARGS)
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT
 	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }

@@ -44,7 +44,7 @@ _TIME = pa.timestamp("us", tz="UTC")
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": pa.schema(
         [
-            ("kind", pa.string()),  # train, trial or refit
+            ("kind", pa.string()),  # train, trial, refit or study
             ("search_id", pa.string()),
             ("status", pa.string()),  # running, completed, diverged, failed or interrupted
             ("error", pa.string()),
@@ -153,6 +153,45 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("met", pa.bool_()),
             ("hardware", pa.string()),
             ("threads", pa.int32()),
+            ("torch_version", pa.string()),
+            ("ray_version", pa.string()),
+            ("source_hash", pa.string()),
+        ]
+    ),
+    "study": pa.schema(
+        [
+            ("study_id", pa.string()),
+            ("part", pa.string()),
+            ("arm", pa.string()),
+            ("baseline", pa.string()),  # the arm that this one is compared with; null for that one itself
+            ("preset", pa.string()),
+            ("settings_json", pa.string()),  # what differs from the preset
+            ("seeds", pa.int32()),  # runs of the arm, with seeds 0, 1, ...
+            ("epochs", pa.int32()),
+            ("train_rows", pa.int64()),  # of an epoch
+            ("val_accuracy", pa.float64()),  # means and standard deviations over the seeds, of each run's chosen epoch
+            ("val_accuracy_std", pa.float64()),
+            ("val_loss", pa.float64()),
+            ("val_loss_std", pa.float64()),
+            ("test_accuracy", pa.float64()),
+            ("test_accuracy_std", pa.float64()),
+            ("test_loss", pa.float64()),
+            ("test_loss_std", pa.float64()),
+            ("turning_epoch", pa.float64()),  # of the lowest val loss, the median over the seeds
+            ("val_effect", pa.float64()),  # mean difference to the baseline's accuracy over pairs of equal seed
+            ("val_effect_low", pa.float64()),  # its 95 % interval
+            ("val_effect_high", pa.float64()),
+            ("test_effect", pa.float64()),
+            ("test_effect_low", pa.float64()),
+            ("test_effect_high", pa.float64()),
+            ("only_arm_right", pa.int64()),  # test images, both models of seed 0
+            ("only_baseline_right", pa.int64()),
+            ("mcnemar_p", pa.float64()),
+            ("num_parameters", pa.int64()),
+            ("precision", pa.string()),
+            ("wall_s", pa.float64()),  # of all runs of the arm
+            ("hardware", pa.string()),
+            ("dataset_sha256", pa.string()),
             ("torch_version", pa.string()),
             ("ray_version", pa.string()),
             ("source_hash", pa.string()),

@@ -1,5 +1,6 @@
 """What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,34 @@ def print_spent(config: "SearchConfig", found: "Found") -> None:
 def shorten(value: Any) -> str:
     """Write a setting in a few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def print_study(part: str, rows: list[dict[str, Any]]) -> None:
+    """Print the `study` rows of a part: what each arm reaches, and its difference to the first, in points."""
+    first = rows[0]
+    sizes = f"{first['seeds']} seed(s), {first['epochs']} epochs of {first['train_rows']} rows"
+    table = Table(title=f"{part}: {sizes}, preset {first['preset']}; differences to {first['arm']} in points")
+    for name in ("arm", "val", "test", "val difference", "test difference", "only arm : only base", "p", "turns at"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        reached = [with_spread(row[f"{split}_accuracy"], row[f"{split}_accuracy_std"]) for split in ("val", "test")]
+        compared = [""] * 4
+        if row["baseline"] is not None:
+            compared = [points(row, split) for split in ("val", "test")]
+            compared += [f"{row['only_arm_right']} : {row['only_baseline_right']}", f"{row['mcnemar_p']:.2g}"]
+        table.add_row(row["arm"], *reached, *compared, f"{row['turning_epoch']:g}")
+    Console(width=140).print(table)
+
+
+def with_spread(mean: float, deviation: float | None) -> str:
+    """Write an accuracy with its standard deviation."""
+    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
+def points(row: dict[str, Any], split: str) -> str:
+    """Write a difference of accuracies and its interval in percentage points."""
+    mean, low, high = (100 * row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
+    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
 
 
 def print_classes(classes: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from jobs import bench, evaluate, prepare, train, tune
 pytestmark = pytest.mark.commands
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate", "report", "bench"])
+@pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate", "report", "bench", "study"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times: list[float] = []
     while len(times) < 3 and min(times, default=2) >= 2:  # a busy machine gets three tries

@@ -20,6 +20,7 @@ LAYERS: dict[str, list[str]] = {
         "space",
         "watchdog",
         "synthetic",
+        "arms",
         "summary",
         "head",
         "figures",
@@ -34,6 +35,7 @@ LAYERS: dict[str, list[str]] = {
         "jobs.evaluate",
         "jobs.bench",
         "jobs.report",
+        "jobs.study",
     ],
     "pyarrow": ["claim", "storage", "data", "report", "ledger", "plots", "bench.peer_keras"],
     "torch": [
@@ -56,12 +58,14 @@ LAYERS: dict[str, list[str]] = {
         "bench.timing",
         "bench.trials",
         "cluster",
+        "effects",
         "evaluation",
         "network",
         "preflight",
         "progress",
         "search",
         "strategy",
+        "study",
         "torch_trainer",
         "tracking",
         "trainer",
@@ -69,7 +73,7 @@ LAYERS: dict[str, list[str]] = {
         "worker",
     ],
 }
-HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas")
+HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas", "scipy")
 
 
 def qualified(name: str) -> str:

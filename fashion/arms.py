@@ -1,0 +1,72 @@
+"""What the study compares: parts whose arms differ in one thing. Knows the standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One question: arms, name -> settings that differ from `preset`; the others are compared with the first."""
+
+    preset: str
+    arms: Mapping[str, Mapping[str, Any]]
+    epochs: int = 0
+    """Passes over the rows; 0 are those of the preset."""
+
+
+PARTS: dict[str, Part] = {
+    # The article's recipe, long enough to see val loss turn, which it reports from epoch 10 on.
+    "seed": Part(preset="seed", arms={"seed": {}}, epochs=12),
+    # Its four cures. More dropout and a lower learning rate on its own recipe, which is the one that overfits.
+    "dropout": Part(
+        preset="seed",
+        epochs=12,
+        arms={
+            "published": {},
+            "less": {"dropout_conv": 0.1, "dropout_fc": 0.25},
+            "more": {"dropout_conv": 0.35, "dropout_fc": 0.65},
+        },
+    ),
+    "lr": Part(
+        preset="seed",
+        epochs=12,
+        arms={"published": {}, "third": {"lr": 3e-4}, "tenth": {"lr": 1e-4}, "falling": {"schedule": "one-cycle"}},
+    ),
+    "depth": Part(
+        preset="default", arms={"vgg": {}, "deep": {"depth": "deep"}, "deep-bn": {"depth": "deep-bn"}}, epochs=8
+    ),
+    "padding": Part(
+        preset="default",
+        epochs=8,
+        arms={
+            "zeros": {},
+            "replicate": {"padding": "replicate"},
+            "reflect": {"padding": "reflect"},
+            "partial": {"padding": "partial"},
+            "learned": {"padding": "learned"},
+        },
+    ),
+    # What the article does not name.
+    "augmentation": Part(
+        preset="default",
+        epochs=8,
+        arms={
+            "none": {"flip": "none"},
+            "flip": {"flip": "random"},
+            "alternating": {"flip": "alternating"},
+            "flip-shift": {"flip": "random", "shift": 1},
+            "flip-erase": {"flip": "random", "erase": 0.25},
+        },
+    ),
+    "smoothing": Part(
+        preset="default",
+        epochs=8,
+        arms={"none": {"label_smoothing": 0.0}, "5": {"label_smoothing": 0.05}, "10": {"label_smoothing": 0.1}},
+    ),
+    "ema": Part(preset="default", arms={"none": {}, "999": {"ema_decay": 0.999}}, epochs=8),
+    "tta": Part(preset="default", arms={"none": {}, "flip": {"tta": "flip"}}, epochs=8),
+    # What came of it.
+    "best": Part(preset="best", arms={"best": {}}),
+    "best-deep": Part(preset="best-deep", arms={"best-deep": {}}),
+}

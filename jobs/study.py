@@ -1,0 +1,70 @@
+"""Run the study: cures against overfitting beside the recipe without them, over the same seeds; it goes on."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fashion import cli, config
+from fashion.arms import PARTS
+from fashion.config import FaultConfig, ScaleConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `jobs.study` takes."""
+
+    storage: str = cli.DEFAULT_STORAGE
+    """Local folder or URI that every node sees; holds data, runs and reports."""
+    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    """Where data comes from if the storage holds none yet; see jobs.prepare."""
+    study_id: str = "study"
+    """Name of the study; the same again goes on with what is not done yet."""
+    parts: str = ",".join(PARTS)
+    """Questions to answer, with commas."""
+    seeds: int = 5
+    """Runs of each arm, with seeds 0, 1, ..., >= 1; differences are taken between runs of the same seed."""
+    epochs: int = 0
+    """Epochs of every run; 0 are those of each part."""
+    max_train_rows: int = 0
+    """Training rows of every run; 0 takes all."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+
+    def __post_init__(self) -> None:
+        config.check_run_id(self.study_id, "--study-id")
+        require(self.seeds >= 1, f"--seeds {self.seeds} must be at least 1")
+        require(self.epochs >= 0, f"--epochs {self.epochs} must be 0 (those of each part) or more")
+        require(self.max_train_rows >= 0, f"--max-train-rows {self.max_train_rows} must be 0 (all) or more")
+        unknown = [name for name in self.parts.split(",") if name not in PARTS]
+        require(not unknown, f"--parts {','.join(unknown)} does not exist; known are {', '.join(PARTS)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, train what is missing, print the rows of each part."""
+    flags = cli.parse(Flags, argv, prog="python -m jobs.study", description=__doc__ or "")
+    from fashion import study, summary, trainer
+    from fashion.storage import open_storage
+
+    storage = open_storage(flags.storage)
+    size = study.Size(seeds=flags.seeds, epochs=flags.epochs, max_train_rows=flags.max_train_rows)
+    try:
+        for name, rows in study.carry_out(
+            storage,
+            flags.study_id,
+            {name: PARTS[name] for name in flags.parts.split(",")},
+            size,
+            flags.scale,
+            faults=flags.faults,
+            source=flags.source,
+            announce=lambda run_id, plan: summary.print_plan(run_id, storage.uri, plan),
+        ):
+            summary.print_study(name, rows)
+    except trainer.RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"reports: {storage.show('reports', 'study')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
