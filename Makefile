@@ -69,9 +69,9 @@ train: setup ## Train PRESET with NUM_WORKERS on real data, and evaluate on test
 tune: setup ## Search lr and dropout with ASHA, then (REFIT=yes) train the winner on all rows
 	@$(RUN) jobs.tune $(tune_flags) $(source_flag)
 
-evaluate: setup ## Evaluate RUN_ID on SPLIT
+evaluate: setup ## Evaluate RUN_ID on SPLIT; EXPORT=folder writes the network for use elsewhere
 	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
-	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(ARGS)
+	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(if $(EXPORT),--export $(abspath $(EXPORT))) $(ARGS)
 
 report: setup ## One page of everything measured, for the browser: OUT
 	@mkdir -p $(dir $(OUT))

@@ -56,6 +56,7 @@ LAYERS: dict[str, list[str]] = {
         "bench.trials",
         "cluster",
         "evaluation",
+        "export",
         "network",
         "preflight",
         "progress",
