@@ -73,9 +73,9 @@ study: setup ## Compare cures against overfitting: PARTS, SEEDS, EPOCHS, MAX_TRA
 	@$(RUN) jobs.study --storage $(storage) $(scale_flags) $(call flag,STUDY_ID,study-id) $(call flag,PARTS,parts) \
 		$(call flag,SEEDS,seeds) $(call flag,EPOCHS,epochs) $(call flag,MAX_TRAIN_ROWS,max-train-rows) $(source_flag) $(ARGS)
 
-evaluate: setup ## Evaluate RUN_ID on SPLIT
+evaluate: setup ## Evaluate RUN_ID on SPLIT; EXPORT=folder writes the network for use elsewhere
 	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
-	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(ARGS)
+	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(if $(EXPORT),--export $(abspath $(EXPORT))) $(ARGS)
 
 report: setup ## One page of everything measured, for the browser: OUT
 	@mkdir -p $(dir $(OUT))

@@ -18,6 +18,8 @@ class Flags:
     """Local folder or URI that holds the run."""
     split: Literal["train", "val", "test"] = "test"
     """Rows to classify."""
+    export: str = ""
+    """New folder for the network as a program that needs nothing of this project, with its weights and a model card."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
@@ -25,9 +27,10 @@ def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the figures."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
     config.check_run_id(flags.run_id)
-    from fashion import cluster, data, evaluation, report, summary
+    from fashion import cluster, data, evaluation, export, report, summary
     from fashion.storage import open_storage
 
+    destination = export.check_destination(flags.export) if flags.export else None
     storage = open_storage(flags.storage)
     manifest = data.load_manifest(storage)
     row = report.load_run(storage, flags.run_id)
@@ -40,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
     summary.print_classes(classes)
     print(f"{flags.split}: {scores.num_rows} rows, accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}")
     print(f"reports: {storage.show(report.REPORTS_FOLDER)}")
+    if destination is not None:
+        export.export(storage, flags.run_id, row, {flags.split: scores}, destination)
+        print(f"exported: {destination}")
 
 
 if __name__ == "__main__":

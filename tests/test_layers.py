@@ -60,6 +60,7 @@ LAYERS: dict[str, list[str]] = {
         "cluster",
         "effects",
         "evaluation",
+        "export",
         "network",
         "preflight",
         "progress",

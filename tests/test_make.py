@@ -34,6 +34,7 @@ LINES = {
     "train": TRAIN,
     "train RUN_ID=a LR=0.1 SOURCE=synthetic": [*TRAIN, "--run-id", "a", "--lr", "0.1", "--source", "synthetic"],
     "train ARGS=--resume NUM_WORKERS=1:2": [*TRAIN[:-1], "1:2", "--resume"],
+    "evaluate RUN_ID=a EXPORT=/model": [*EVALUATE, "--num-workers", "2", "--export", "/model"],
     "prepare": ["jobs.prepare", "--storage", "/s"],
     "prepare SOURCE=synthetic VAL_ROWS=100 SEED=1": [
         *("jobs.prepare", "--storage", "/s"),
