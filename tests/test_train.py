@@ -277,7 +277,7 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, st
     assert row["exchange"] == ("shared memory" if room_to_share() else "gloo")
     assert None not in [row[key] for key in ("images_per_s", "precision", "peak_memory_bytes", "wall_s", "finished_at")]
     warm = [each for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"][1:]
-    assert all(each["data_wait_s"] < 0.01 * each["epoch_time_s"] for each in warm)
+    assert all(each["data_wait_s"] < 0.05 * each["epoch_time_s"] for each in warm), "erasing draws noise"
     losses = [each["loss"] for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"]
     assert losses[-1] < losses[0]
     predictions = report.read_table(storage, "predictions", "whole")
