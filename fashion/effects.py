@@ -14,11 +14,11 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean difference of pairs and its interval; NaN bounds where one pair leaves no spread to judge by."""
+    """Mean difference of pairs and its interval; no bounds where one pair leaves no spread to judge by."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def paired_effect(ours: Sequence[float], baseline: Sequence[float]) -> Effect:
@@ -31,7 +31,7 @@ def paired_effect(ours: Sequence[float], baseline: Sequence[float]) -> Effect:
     differences = [one - other for one, other in zip(ours, baseline, strict=True)]
     mean = statistics.fmean(differences)
     if len(differences) == 1:
-        return Effect(mean, math.nan, math.nan)
+        return Effect(mean, None, None)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
     return Effect(mean, mean - reach, mean + reach)

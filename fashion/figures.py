@@ -557,6 +557,61 @@ def savings(number: int, search: Search) -> Figure | None:
     return Figure(name=f"search-{number}-saved", title="What ASHA saved", caption=caption, panels=[panel])
 
 
+# --- a study --------------------------------------------------------------------------------------------------------
+
+EFFECTS = {"val": Style(BLUE, marker="square", size=9), "test": Style(VERMILLION, size=9)}
+
+
+def study_effects(number: int, study_id: str, rows: Sequence[Row]) -> Figure | None:
+    """Draw what each arm differs by from its baseline, with the 95 % intervals; None where nothing is compared."""
+    compared = [row for row in rows if all(finite(row[f"{split}_effect"]) for split in EFFECTS)]
+    if not compared:
+        return None
+    place = {id(row): len(compared) - number for number, row in enumerate(compared)}
+    # Side by side, so that one does not hide the other.
+    offsets = {"val": 0.13, "test": -0.13}
+
+    def told(row: Row, split: str) -> str:
+        ends = " to ".join(f"{100 * end:+.2f}" for end in bounds(row, split))
+        mean = f"{100 * row[f'{split}_effect']:+.2f} points" + (f" ({ends})" if ends else "")
+        return f"{row['part']}, {row['arm']} - {row['baseline']}: {split} accuracy {mean}"
+
+    def bounds(row: Row, split: str) -> list[float]:
+        return [end for end in (row[f"{split}_effect_low"], row[f"{split}_effect_high"]) if finite(end)]
+
+    def interval(row: Row, split: str) -> Line:
+        return [(100 * end, place[id(row)] + offsets[split], told(row, split)) for end in bounds(row, split)]
+
+    series = [
+        joined(f"{split}, 95 %", style, [interval(row, split) for row in compared], points=False)
+        for split, style in EFFECTS.items()
+    ] + [
+        Series(
+            name=split,
+            x=[100 * row[f"{split}_effect"] for row in compared],
+            y=[place[id(row)] + offsets[split] for row in compared],
+            hover=[told(row, split) for row in compared],
+            style=style,
+            lines=False,
+        )
+        for split, style in EFFECTS.items()
+    ]
+    panel = Panel(
+        title="",
+        x_title="difference of accuracy, percentage points",
+        series=[one for one in series if one.x],
+        marks=[Mark(0, "no difference", GREY, "dot")],
+        y_ticks={place[id(row)]: f"{row['part']}: {row['arm']}" for row in compared},
+        y_range=(0.3, len(compared) + 1.2),
+        height=bars_height(len(compared)),
+    )
+    caption = (
+        "Each arm beside the first one of its part, seed by seed. A line is the 95 % confidence interval of the mean "
+        "difference (Student's t); an arm of one seed has none."
+    )
+    return Figure(name=f"study-{number}-effects", title=f"Differences in {study_id}", caption=caption, panels=[panel])
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 

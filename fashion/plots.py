@@ -23,7 +23,7 @@ from fashion.figures import Figure, Row, Search, finite, shown
 from fashion.page import Column, Picture, Section
 from fashion.report import REPORTS_FOLDER, SCHEMAS, in_schema
 from fashion.storage import Storage, open_storage, read_parquet
-from fashion.summary import PUBLISHED
+from fashion.summary import PUBLISHED, points, with_spread
 
 MAX_CURVES = 6
 """Runs whose learning curves are drawn; more are in the table only."""
@@ -40,7 +40,7 @@ TRIAL_COLUMNS = (
 NEEDED = {
     "epochs": {"epoch", "split", "loss", "accuracy"},
     "trials": {"search_id", "trial_id", "status"},
-    **{table: set(SCHEMAS[table].names) for table in ("predictions", "classes", "confusion")},
+    **{table: set(SCHEMAS[table].names) for table in ("predictions", "classes", "confusion", "study")},
 }
 
 
@@ -52,6 +52,8 @@ class Reports:
     epochs: dict[str, list[Row]]
     """Run id -> rows of `epochs`."""
     searches: list[Search]
+    studies: dict[str, list[Row]]
+    """Study id -> rows of `study`."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class Page:
 def build_page(storage: Storage, out: Path, *, png: Path | None = None, run_ids: Sequence[str] = ()) -> list[Path]:
     """Make the page of a storage's reports at `out`; with `png`, also every figure as a file in that folder.
 
-    `run_ids` restricts the page to these runs (or searches). Returns the files written. Raises `UserError` when there
-    are no reports, a run does not exist, a report is damaged, or a place cannot be written; the page is written last.
+    `run_ids` restricts the page to these runs (or searches, or studies). Returns the files written. Raises `UserError`
+    when there are no reports, a run does not exist, a report is damaged, or a place cannot be written; the page is
+    written last.
     """
     require(out.parent.is_dir(), f"--out {out}: the folder {out.parent} does not exist; make it or name another")
     require(not out.is_dir(), f"--out {out} is a folder; name a file")
@@ -152,18 +155,18 @@ def load_reports(storage: Storage, run_ids: Sequence[str] = ()) -> Reports:
             epochs[row["run_id"]].append(row)
     for run_id, row in runs.items():
         fill_from_epochs(row, epochs.get(run_id, []))
-    searches = group_searches(trials, runs, epochs)
-    check_known(run_ids, runs, searches, storage)
-    wanted = set(run_ids) or {*runs, *(search.search_id for search in searches)}
+    searches, studies = group_searches(trials, runs, epochs), group_studies(read_rows(storage, "study"))
+    check_known(run_ids, runs, [*studies, *(search.search_id for search in searches)], storage)
+    wanted = set(run_ids) or {*runs, *studies, *(search.search_id for search in searches)}
     shown_runs = [row for row in runs.values() if row["run_id"] in wanted and (run_ids or row["kind"] != "trial")]
     wanted |= {row["search_id"] for row in shown_runs if row["search_id"]}
     searches = [search for search in searches if search.search_id in wanted]
-    return Reports(ranked(shown_runs, searches), epochs, searches)
+    studies = {study_id: rows for study_id, rows in studies.items() if study_id in wanted}
+    return Reports(ranked(shown_runs, searches), epochs, searches, studies)
 
 
-def check_known(asked: Sequence[str], runs: dict[str, Row], searches: Sequence[Search], storage: Storage) -> None:
-    """Raise `UserError` if a run or search that was asked for is not there; it names some that are, trials last."""
-    names = [search.search_id for search in searches]
+def check_known(asked: Sequence[str], runs: dict[str, Row], names: Sequence[str], storage: Storage) -> None:
+    """Raise `UserError` if what was asked for is no run and not in `names` (searches, studies); it names some."""
     order = sorted(runs, key=lambda run_id: (runs[run_id]["kind"] == "trial", run_id))
     for run_id in asked:
         some = ", ".join([*names, *order][:8])
@@ -200,6 +203,14 @@ def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str
             )
         )
     return searches
+
+
+def group_studies(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group the rows of studies, which come part by part, by study."""
+    studies: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        studies[str(row["study_id"])].append(row)
+    return dict(studies)
 
 
 def run_of(trial: Row, run_ids: Sequence[str]) -> str:
@@ -252,6 +263,9 @@ def make_page(storage: Storage, reports: Reports, *, with_pngs: bool) -> Page:
     sections = [runs_section(reports.runs)] if reports.runs else []
     if any(reports.epochs.get(row["run_id"]) for row in reports.runs):
         sections.append(curves_section(gallery, reports))
+    sections += [
+        study_section(gallery, number, *study) for number, study in enumerate(reports.studies.items(), start=1)
+    ]
     sections += predictions_sections(gallery, storage, reports.runs)
     sections += [search_section(gallery, number, search) for number, search in enumerate(reports.searches, start=1)]
     if reports.runs:
@@ -273,8 +287,9 @@ def lead(reports: Reports) -> str:
     trials = sum(len(search.trials) for search in reports.searches)
     parts = [count(len(reports.runs), "run")]
     parts += [f"{count(len(reports.searches), 'search', 'searches')} of {count(trials, 'trial')}"] if trials else []
+    parts += [count(len(reports.studies), "study", "studies")] if reports.studies else []
     until = f" up to {max(moments):%Y-%m-%d %H:%M} UTC" if moments else ""
-    return f"Made from the Parquet reports of {' and '.join(parts)}{until}."
+    return f"Made from the Parquet reports of {', '.join(parts)}{until}."
 
 
 def count(number: int, word: str, plural: str = "") -> str:
@@ -379,6 +394,40 @@ def curves_section(gallery: Gallery, reports: Reports) -> Section:
 def marked_id(row: Row) -> str:
     """Return a run's id as text, marked if it used the stand-in."""
     return str(row["run_id"]) + (" (STAND-IN DATA)" if is_stand_in(row) else "")
+
+
+def study_section(gallery: Gallery, number: int, study_id: str, rows: Sequence[Row]) -> Section:
+    """Show a study: what each arm reaches, and how sure its difference to the first of its part is."""
+    words = ("arm", "settings")
+    titles = (*words, "trained", "val", "test", "val difference", "test difference", "alone right", "p", "turns at")
+    columns = [Column(name, number=name not in words) for name in titles]
+    text = (
+        "Trained: seeds x epochs x rows. Accuracies are means and standard deviations over the seeds; differences, in "
+        "percentage points, are to the first arm of the part at the same seed, with their 95 % confidence intervals. "
+        "Choices are made by val. Alone right: how many test images the arm's model of seed 0 has right and the first "
+        "arm's has not, and the other way round, with McNemar's p. Turns at: the epoch of the lowest val loss, the "
+        "median over the seeds."
+    )
+    drawn = figures.study_effects(number, study_id, rows)
+    body = page.paragraph(text) + page.table(columns, [study_cells(row) for row in rows])
+    body += gallery.show(drawn) if drawn else ""
+    return Section(f"study-{number}-section", f"Study {study_id}", body)
+
+
+def study_cells(row: Row) -> tuple[str, list[str]]:
+    """Return an arm's line of the table."""
+    compared = [""] * 4
+    if row["baseline"] is not None:
+        compared = [points(row, split) for split in ("val", "test")]
+        compared += [
+            f"{row['only_arm_right']} : {row['only_baseline_right']}",
+            shown(row["mcnemar_p"], "{:.2g}".format),
+        ]
+    settings = ", ".join(f"{name} {shown(value)}" for name, value in read_config(row["settings_json"]).items())
+    size = " x ".join(shown(row[name], "{:,}".format) for name in ("seeds", "epochs", "train_rows"))
+    reached = [with_spread(row[f"{split}_accuracy"], row[f"{split}_accuracy_std"]) for split in ("val", "test")]
+    cells = [f"{row['part']}: {row['arm']}", settings or f"preset {row['preset']}", size, *reached, *compared]
+    return "" if row["baseline"] else "first", [escape(cell) for cell in [*cells, shown(row["turning_epoch"])]]
 
 
 def predictions_sections(gallery: Gallery, storage: Storage, runs: Sequence[Row]) -> list[Section]:

@@ -1,6 +1,5 @@
 """What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -110,15 +109,17 @@ def print_study(part: str, rows: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def with_spread(mean: float, deviation: float | None) -> str:
-    """Write an accuracy with its standard deviation."""
-    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+def with_spread(mean: float | None, deviation: float | None) -> str:
+    """Write an accuracy with its standard deviation; '-' for none."""
+    return "-" if mean is None else f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def points(row: dict[str, Any], split: str) -> str:
-    """Write a difference of accuracies and its interval in percentage points."""
-    mean, low, high = (100 * row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
-    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+    """Write a difference of accuracies and its interval in percentage points; '-' for none."""
+    mean, low, high = (row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return "-"
+    return f"{100 * mean:+.2f}" + ("" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")
 
 
 def print_classes(classes: list[dict[str, Any]]) -> None:

@@ -145,9 +145,39 @@ def write_search(storage: Storage, count: int = 15) -> list[dict[str, Any]]:
     return trials
 
 
+def write_study(storage: Storage) -> None:
+    """Write a study of two parts: three arms over four seeds, and an arm by itself."""
+
+    def arm(part: str, name: str, settings: dict[str, Any], **other: Any) -> dict[str, Any]:
+        row = {"study_id": "cures", "part": part, "arm": name, "preset": "seed", "settings_json": json.dumps(settings)}
+        row |= {
+            "epochs": 12,
+            "train_rows": 55000,
+            "turning_epoch": 10.5,
+            "val_accuracy": 0.9301,
+            "test_accuracy": 0.9288,
+        }
+        return row | {"seeds": 4, "val_accuracy_std": 0.0011, "test_accuracy_std": 0.0021} | other
+
+    def compared(split: str, mean: float, reach: float) -> dict[str, Any]:
+        name = f"{split}_effect"
+        return {"baseline": "published", name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
+
+    few = compared("val", 0.0042, 0.0011) | compared("test", 0.0031, 0.0052)
+    images = {"only_arm_right": 210, "only_baseline_right": 151, "mcnemar_p": 0.0021}
+    alone = {"baseline": "published", "val_effect": -0.01, "test_effect": -0.02, "seeds": 1, "val_accuracy_std": None}
+    rows = [
+        arm("dropout", "published", {}),
+        arm("dropout", "more", {"dropout_fc": 0.65}, **few, **images),
+        arm("dropout", NASTY, {"dropout_fc": 0.9}, **alone, **images),
+    ]
+    report.write_table(storage, "study", "cures-dropout", rows)
+    report.write_table(storage, "study", "cures-seed", [arm("seed", "seed", {})])
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
-    """A storage with prepared data, two runs, one of them with predictions, and a search."""
+    """A storage with prepared data, two runs, one of them with predictions, a search and a study."""
     storage = open_storage(str(tmp_path_factory.mktemp("full")))
     splits = data.split_rows(small_archives, 100, 0)
     manifest, _ = prepare_small(storage, small_archives)
@@ -155,6 +185,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Stor
     write_run(storage, "short", 2, 2)
     write_predictions(storage, "long", splits["test"])
     write_search(storage)
+    write_study(storage)
     return storage
 
 
@@ -248,6 +279,31 @@ def test_a_search_without_any_result_still_has_a_section(storage: Storage) -> No
     assert "2 error" in html
 
 
+def test_a_study_shows_each_difference_with_its_interval(full: Storage) -> None:
+    rows = plots.load_reports(full).studies["cures"]
+    figure = figures.study_effects(1, "cures", rows)
+    assert figure is not None
+    (panel,) = figure.panels
+    assert sorted(panel.y_ticks.values()) == ["dropout: " + NASTY, "dropout: more"]
+    means = {series.name: series for series in panel.series}
+    assert means["test"].x == pytest.approx([0.31, -2.0])
+    assert means["test"].hover[0] == "dropout, more - published: test accuracy +0.31 points (-0.21 to +0.83)"
+    assert means["test"].hover[1].endswith("test accuracy -2.00 points"), "one seed has no interval"
+    assert means["val, 95 %"].x == pytest.approx([0.31, 0.53])
+    assert figures.study_effects(1, "cures", [row for row in rows if row["part"] == "seed"]) is None
+
+
+def test_a_studys_table_says_what_was_compared(full: Storage) -> None:
+    html = plots.make_page(full, plots.load_reports(full, ["cures"]), with_pngs=False).html
+    text = Reader(html).text
+    assert "Study cures" in text and "Learning curves" not in text
+    line = [cell.strip() for cell in text[text.index("dropout_fc 0.65") :].split("\n") if cell.strip()]
+    assert line[1:4] == ["4 x 12 x 55,000", "0.9301 ± 0.0011", "0.9288 ± 0.0021"]
+    assert line[4:9] == ["+0.42 [+0.31, +0.53]", "+0.31 [-0.21, +0.83]", "210 : 151", "0.0021", "10.5"]
+    assert "-2.00\n" in text
+    assert "preset seed" in text
+
+
 # --- mistakes and images --------------------------------------------------------------------------------------------
 
 
@@ -339,7 +395,7 @@ def test_the_page_is_whole_small_and_needs_no_network(html: str) -> None:
     assert "@import" not in html
     assert "url(" not in html.split("</style>")[0]
     assert len(reader.all("script")) == 2 + len(reader.all("div", "plot"))
-    assert len(reader.all("div", "plot")) == 3 * 2 + 1 + 1 + 2 + 3 + 1 + 1
+    assert len(reader.all("div", "plot")) == 3 * 2 + 1 + 1 + 1 + 2 + 3 + 1 + 1
     assert len(reader.all("img")) == 24
 
 
