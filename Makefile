@@ -84,9 +84,12 @@ report: setup ## One page of everything measured, for the browser: OUT
 bench: setup ## Measure the job side by side with its alternatives
 	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)
 
+# Those without Ray that take long each have a core; all others have the machine to themselves.
 test: setup ## Run all tests: first the quick ones
 	@.venv/bin/python -m pytest -m "not slow and not commands and not ray and not cluster and not hosts and not faults"
-	@.venv/bin/python -m pytest -m "slow or commands or ray or cluster or hosts or faults"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal \
+		-m "slow and not commands and not ray and not cluster and not hosts and not faults"
+	@.venv/bin/python -m pytest -m "commands or ray or cluster or hosts or faults"
 
 check: setup ## Lint, format check, types; writes nothing
 	@.venv/bin/ruff check .

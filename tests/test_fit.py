@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
         ema_decay=ema_decay,
         tta="flip",
     )
-    whole = run_of(config, 160)
+    whole = run_of(config, 96)
     saved: dict[tuple[int, int], dict[str, bytes]] = {}
 
     def save() -> None:
@@ -75,12 +75,12 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
     history = whole.history
     steps = [[step for epochs_done, step in saved if epochs_done == epoch and step] for epoch in (0, 1)]
     for each in steps:
-        assert (each[0], each[-1]) == (1, 20), "looks after the first step and after the last"
+        assert (each[0], each[-1]) == (1, 12), "looks after the first step and after the last"
         assert max(late - early for early, late in itertools.pairwise(each)) <= loop.STEPS_BETWEEN_LOOKS["cpu"]
     places = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
     for place in [*places, (1, 0), (2, 0)]:
         files = saved[place]
-        again = run_of(config, 160)
+        again = run_of(config, 96)
         again.restore(files.__getitem__)
         assert (again.epochs_done, again.step) == place
         assert len(list(again.epochs())) == 2 - place[0]

@@ -9,9 +9,10 @@ from typing import Any
 
 import hosts
 import pytest
-from conftest import ROOT, run_job, wait_for
+from conftest import ROOT, call_job, wait_for
 from hosts import DASHBOARD, Host, Hosts
 
+import jobs.train
 from fashion import report
 from fashion.storage import Storage
 
@@ -124,12 +125,12 @@ def num_workers(cluster: Hosts) -> int:
     return sum("ray::RayTrainWorker" in line for line in lines)
 
 
-def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage) -> None:
+def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
     spread = train(whole, tiny_storage, "spread")
     assert spread.returncode == 0, spread.stdout + spread.stderr
     assert "Job 'spread' succeeded" in spread.stdout
     assert "3 node(s), 3 CPUs" in spread.stdout
-    local = run_job("jobs.train", *train_flags(tiny_storage, "local"))
+    local = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
     assert local.returncode == 0, local.stderr
     far, near = (report.load_run(tiny_storage, name) for name in ("spread", "local"))
     assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
@@ -167,7 +168,7 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     whole.kill(lost)
 
 
-def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage) -> None:
+def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
     epochs = 16
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]
     job = start(whole, "elastic", "jobs.train", *flags)
@@ -183,7 +184,7 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     row = report.load_run(tiny_storage, "elastic")
     assert (row["status"], row["epochs_done"], row["world_size"]) == ("completed", epochs, 2)
     rows = report.read_table(tiny_storage, "epochs", "elastic")
-    fixed = run_job("jobs.train", *train_flags(tiny_storage, "fixed", epochs=epochs))
+    fixed = call_job(jobs.train.main, *train_flags(tiny_storage, "fixed", epochs=epochs))
     assert fixed.returncode == 0, fixed.stderr
     accuracies = [report.load_run(tiny_storage, name)["test_accuracy"] for name in ("elastic", "fixed")]
     print("test accuracy: elastic {:.4f}, fixed {:.4f}".format(*accuracies))

@@ -31,7 +31,7 @@ from fashion.storage import Storage, open_storage
 pytestmark = pytest.mark.ray
 
 ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
-BASE = TrainConfig(preset="smoke", max_train_rows=320, global_batch_size=64)
+BASE = TrainConfig(preset="smoke", max_train_rows=192, global_batch_size=64)
 # What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
 PLANTED = (
     '{"lr": NaN}',
@@ -48,7 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A small stand-in, so that the refit on all rows is quick."""
     storage = open_storage(str(tmp_path_factory.mktemp("search")))
     with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(synthetic.write_archives, num_train_rows=900, num_test_rows=300)
+        small = functools.partial(synthetic.write_archives, num_train_rows=600, num_test_rows=300)
         patch.setattr(synthetic, "write_archives", small)
         data.prepare(storage, "synthetic", val_rows=101)
     return storage
@@ -175,7 +175,7 @@ def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(unbroken: sear
     assert winner.best is not None
     assert row["epochs_done"] == row["best_epoch"] == winner.best["epoch"]
     rows = {each["split"]: each["rows"] for each in report.read_table(prepared, "epochs", "unbroken-refit")}
-    assert rows == {"train": 900 // 64 * 64}
+    assert rows == {"train": 600 // 64 * 64}
     config = report.stored_config(prepared, "unbroken-refit")
     assert {name: getattr(config, name) for name in winner.settings} == winner.settings
     assert (config.hold_out_val, config.max_train_rows, config.epochs) == (False, 0, 3)
@@ -253,7 +253,7 @@ def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Stora
     with pytest.raises(UserError, match="--search-id unbroken exists already"):
         search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic")
     other = replace(BASE, max_train_rows=100)
-    with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 320\)"):
+    with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 192\)"):
         search.search(prepared, "unbroken", CONFIG, other, ONE_AT_A_TIME, source="synthetic", resume=True)
 
 
@@ -268,7 +268,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
-    flags += ["--max-train-rows", "320", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
+    flags += ["--max-train-rows", "192", "--num-samples", "8", "--max-epochs", "3", "--padding", "zeros", "partial"]
     flags += ["--max-concurrent", "1", "--checkpoint-every-s", "0", "--first", *first]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],

@@ -11,7 +11,7 @@ from fashion.arms import PARTS, Part
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
 from fashion.storage import Storage
 
-ARMS = Part(preset="smoke", arms={"plain": {}, "mirrored": {"flip": "alternating", "dropout_fc": 0.1}})
+ARMS = Part(preset="smoke", arms={"plain": {}, "mirrored": {"flip": "alternating", "dropout_fc": 0.1, "tta": "flip"}})
 
 
 def carry_out(storage: Storage, seeds: int) -> list[study.Row]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, real_source
+from conftest import ROOT
 
-from fashion import data, report
-from fashion.storage import Storage, open_storage
+from fashion import report
+from fashion.storage import Storage
 
 pytestmark = pytest.mark.cluster
 
@@ -48,14 +48,6 @@ def make(project: Path, target: str, *variables: str, **environment: str) -> sub
 def head(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the module behind the targets: its exit code is not make's."""
     return run(project, sys.executable, "-m", "fashion.head", *arguments, **environment)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """Data that the jobs find."""
-    storage = open_storage(str(tmp_path_factory.mktemp("submitted")))
-    data.prepare(storage, real_source(), val_rows=100)
-    return storage
 
 
 @pytest.fixture(scope="module")
@@ -107,31 +99,31 @@ def test_the_package_is_the_code_and_small(project: Path) -> None:
     assert before != after, "the package's name follows the code, so old code never runs in place of new"
 
 
-def test_the_same_job_runs_when_submitted(project: Path, running: str, prepared: Storage) -> None:
-    flags = [f"STORAGE={prepared.uri}", f"SOURCE={real_source()}", "PRESET=smoke", "RUN_ID=sent"]
+def test_the_same_job_runs_when_submitted(project: Path, running: str, tiny_storage: Storage) -> None:
+    flags = [f"STORAGE={tiny_storage.uri}", "SOURCE=auto", "PRESET=smoke", "RUN_ID=sent"]
     done = make(project, "submit-train", *flags, "EPOCHS=1", "MAX_TRAIN_ROWS=256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
     assert "epoch 1/1" in done.stdout
-    row = report.load_run(prepared, "sent")
-    assert (row["status"], row["test_rows"], row["world_size"]) == ("completed", 10_000, 2)
+    row = report.load_run(tiny_storage, "sent")
+    assert (row["status"], row["test_rows"], row["world_size"]) == ("completed", 200, 2)
     assert row["source_hash"] == source_hash_of(project)
     for table in ("epochs", "predictions", "classes", "confusion"):
-        assert report.read_table(prepared, table, "sent"), table
+        assert report.read_table(tiny_storage, table, "sent"), table
 
 
-def test_a_search_runs_when_submitted(project: Path, running: str, prepared: Storage) -> None:
-    flags = [f"STORAGE={prepared.uri}", f"SOURCE={real_source()}", "PRESET=smoke", "SEARCH_ID=sought", "REFIT=no"]
+def test_a_search_runs_when_submitted(project: Path, running: str, tiny_storage: Storage) -> None:
+    flags = [f"STORAGE={tiny_storage.uri}", "SOURCE=auto", "PRESET=smoke", "SEARCH_ID=submitted", "REFIT=no"]
     done = make(
         project, "submit-tune", *flags, "NUM_SAMPLES=2", "MAX_EPOCHS=1", "MAX_TRAIN_ROWS=256", "ARGS=--max-concurrent 1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
-    for trial in ("sought-t0000", "sought-t0001"):
-        [row] = report.read_table(prepared, "trials", trial)
-        assert (row["search_id"], row["status"], row["epochs_done"]) == ("sought", "completed", 1)
-        assert len(report.read_table(prepared, "epochs", trial)) == 2
-        assert report.load_run(prepared, trial)["source_hash"] == source_hash_of(project)
+    for trial in ("submitted-t0000", "submitted-t0001"):
+        [row] = report.read_table(tiny_storage, "trials", trial)
+        assert (row["search_id"], row["status"], row["epochs_done"]) == ("submitted", "completed", 1)
+        assert len(report.read_table(tiny_storage, "epochs", trial)) == 2
+        assert report.load_run(tiny_storage, trial)["source_hash"] == source_hash_of(project)
 
 
 def source_hash_of(project: Path) -> str:
