@@ -17,6 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fashion.config import parse_object, printable, require
+from fashion.optimizer import kept_names
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -135,22 +136,6 @@ def fitting_state(data: bytes, optimizer: torch.optim.Optimizer) -> dict[str, An
     except Exception as error:  # any value may be of any type
         raise damaged(OPTIMIZER, error) from error
     return own | {"state": state}
-
-
-def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
-    """Return what `optimizer` keeps for a parameter of each group: name -> whether it has the parameter's shape.
-
-    Seen from an optimizer of the same kind that moves parameters of a single number.
-    """
-    groups = [group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} for group in optimizer.param_groups]
-    for group in groups:
-        group["params"][0].grad = torch.zeros_like(group["params"][0])
-    probe = type(optimizer)(groups)  # type: ignore[call-arg]  # all kinds have defaults for what groups bring
-    probe.step()
-    return [
-        {name: value.ndim > 0 for name, value in probe.state[group["params"][0]].items()}
-        for group in probe.param_groups
-    ]
 
 
 def damaged(name: str, reason: object) -> DamagedCheckpoint:

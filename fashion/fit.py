@@ -52,6 +52,17 @@ class Rows:
     pixel_std: float
 
 
+Wrapped = tuple[nn.Module, Callable[[], object], str]
+"""A network as it is trained, what moves its weights, and the way that gradients take: the column `exchange`."""
+Wrap = Callable[[nn.Module, torch.optim.Optimizer, str], Wrapped]
+"""Makes that of a network, its optimizer and the precision, on all ranks together."""
+
+
+def alone(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Wrapped:
+    """Let a process train by itself."""
+    return model, optimizer.step, "none"
+
+
 def prepare_process(threads: int) -> None:
     """Set up a process that computes: its memory, and `threads` of computation, of which Ray leaves it one."""
     keep_freed_memory()
@@ -73,12 +84,10 @@ def keep_freed_memory() -> None:
 class Run:
     """A run in progress: network, optimizer and history; `epochs()` advances it."""
 
-    def __init__(
-        self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Callable[[nn.Module, str], tuple[nn.Module, str]]
-    ) -> None:
+    def __init__(self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Wrap) -> None:
         """Build the network from the seed alone, so that all ranks start equal.
 
-        `wrap(model, precision)` adds DDP and says how gradients are exchanged: the column `exchange`.
+        `wrap` adds DDP, where several train together.
         """
         self.config = config
         self.rows = rows
@@ -90,7 +99,7 @@ class Run:
         self.evaluated = begin_average(self.model) if config.ema_decay else self.model
         """What is judged on val, chosen and loaded from a checkpoint: the average of the weights, or the network."""
         self.optimizer = build_optimizer(config, self.model)
-        self.wrapped, self.exchange = wrap(self.model, self.precision)
+        self.wrapped, self.update, self.exchange = wrap(self.model, self.optimizer, self.precision)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
         self.positions: list[loop.Position] = []
@@ -224,7 +233,7 @@ class Run:
             self.wrapped,
             # What was trained on is drawn again and passed over, so that the generators are where they were.
             itertools.islice(self.rows.train_batches(epoch), begin.step, None),
-            self.optimizer,
+            self.update,
             epoch=epoch,
             set_lr=lambda step: self.set_lr((epoch - 1) * self.steps + step - 1),
             precision=self.precision,

@@ -321,7 +321,7 @@ class Looks:
 def train_one_epoch(
     model: nn.Module,
     batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
+    update: Callable[[], object],
     *,
     epoch: int,
     set_lr: Callable[[int], None],
@@ -335,10 +335,10 @@ def train_one_epoch(
 ) -> EpochResult:
     """Train `model` on `batches`, those from `begin` on; return the epoch's sums in training mode and its times.
 
-    `set_lr(step)` is called before each step with its 1-based number within the epoch, `on_step(step)` after it. The
-    loss is looked at every few steps and at the end, in one small reduction. Raises `Diverged` on all ranks together;
-    nothing is saved in between. If any rank's `wants_pause(is_over)` says so at a look, all ranks call
-    `on_pause(position)`; `is_over` tells whether it is the one at the end.
+    `update()` moves the weights. `set_lr(step)` is called before each step with its 1-based number within the epoch,
+    `on_step(step)` after it. The loss is looked at every few steps and at the end, in one small reduction. Raises
+    `Diverged` on all ranks together; nothing is saved in between. If any rank's `wants_pause(is_over)` says so at a
+    look, all ranks call `on_pause(position)`; `is_over` tells whether it is the one at the end.
     """
     model.train()
     meter = SumMeter(device, begin)
@@ -368,9 +368,9 @@ def train_one_epoch(
             logits = model(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         torch.autograd.backward(loss)
-        optimizer.step()
+        update()
         with torch.no_grad():
             plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
             meter.add(plain * len(labels), logits, labels)

@@ -69,8 +69,9 @@ class Muon(torch.optim.AdamW):
         assert gradient is not None, "every convolution takes part in every step"
         state = self.state[weight]
         if "momentum" not in state:
-            state["step"] = torch.zeros(())  # AdamW's own loading looks for it
+            state["step"] = torch.zeros(())  # counted as AdamW counts, whose own loading looks for it
             state["momentum"] = torch.zeros_like(weight)
+        state["step"] += 1
         momentum: Tensor = state["momentum"]
         momentum.mul_(MOMENTUM).add_(gradient)
         ahead = gradient.add(momentum, alpha=MOMENTUM).reshape(weight.shape[0], -1)
@@ -110,3 +111,19 @@ def without(left_out: Sequence[nn.Parameter], parameters: Iterable[nn.Parameter]
     """Return `parameters` but for those of `left_out`, told by what they are: `==` compares their elements."""
     known = {id(parameter) for parameter in left_out}
     return [parameter for parameter in parameters if id(parameter) not in known]
+
+
+def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
+    """Return what `optimizer` keeps for a parameter of each group: name -> whether it has the parameter's shape.
+
+    Seen from an optimizer of the same kind that moves parameters of a single number.
+    """
+    groups = [group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} for group in optimizer.param_groups]
+    for group in groups:
+        group["params"][0].grad = torch.zeros_like(group["params"][0])
+    probe = type(optimizer)(groups)  # type: ignore[call-arg]  # all kinds have defaults for what groups bring
+    probe.step()
+    return [
+        {name: value.ndim > 0 for name, value in probe.state[group["params"][0]].items()}
+        for group in probe.param_groups
+    ]

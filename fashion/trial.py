@@ -85,7 +85,7 @@ def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.Run:
     """Return the run at its very start."""
     rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
     rows = worker.open_rows(config, shared, rank)
-    return fit.Run(config, rows, rank, wrap=lambda model, precision: (model, "none"))
+    return fit.Run(config, rows, rank, fit.alone)
 
 
 def report(run: fit.Run, metrics: Metrics) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fashion import data, fit, loop
 from fashion.cluster import quieten
 from fashion.config import TrainConfig
-from fashion.exchange import SharedMemoryExchange
+from fashion.exchange import SharedUpdate
 from fashion.keeper import Keeper, Timer, place_of
 from fashion.progress import StepCounter
 from fashion.storage import Storage, open_storage
@@ -120,16 +120,6 @@ def prepare_process(threads: int) -> None:
     fit.prepare_process(threads)
 
 
-def start_run(settings: dict[str, Any]) -> fit.Run:
-    """Return the run at its very start, this rank's rows pulled and the network under DDP."""
-    config = TrainConfig.from_dict(settings["config"])
-    context = ray.train.get_context()
-    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank)
-    check_equal_steps(config, rows, rank)
-    return fit.Run(config, rows, rank, wrap)
-
-
 def note_placement_group(trial: str) -> None:
     """Leave a note of where a trial's workers live: see `trial.remove_workers`."""
     group = ray.util.get_current_placement_group()
@@ -142,30 +132,40 @@ def placement_key(trial: str) -> bytes:
     return f"fashion/placement/{trial}".encode()
 
 
-def wrap(model: nn.Module, precision: str) -> tuple[nn.Module, str]:
-    """Return `model` under DDP if there is more than one worker, and how gradients are exchanged.
+def under_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.Wrapped:
+    """Return `model` under DDP if there is more than one worker, what moves its weights, and the way of gradients.
 
     No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation. With
     bf16 arithmetic gradients are exchanged as bf16 too: half the bytes. On one host's CPUs they go through shared
-    memory, in one bucket: nothing could be gained by sending some of them early, for the cores are busy.
+    memory, in one bucket: nothing could be gained by sending some of them early, for the cores are busy. There, workers
+    share out the update as well.
     """
     context = ray.train.get_context()
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
-    exchange = None
+    shared = None
     if 1 < context.get_world_size() == context.get_local_world_size() and ray.train.torch.get_device().type == "cpu":
-        num_elements = sum(parameter.numel() for parameter in model.parameters())
-        exchange = SharedMemoryExchange.open(num_elements, torch.bfloat16 if precision == "bf16" else torch.float32)
-        if exchange is not None:
-            options["bucket_cap_mb"] = num_elements * 4 / 2**20 + 1
+        shared = SharedUpdate.open(optimizer, torch.bfloat16 if precision == "bf16" else torch.float32)
+        if shared is not None:
+            options["bucket_cap_mb"] = sum(parameter.nbytes for parameter in model.parameters()) / 2**20 + 1
     prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     if not isinstance(prepared, DistributedDataParallel):
-        return prepared, "none"
-    if exchange is not None:
-        prepared.register_comm_hook(None, exchange.hook)
-        return prepared, "shared memory"
+        return prepared, optimizer.step, "none"
+    if shared is not None:
+        prepared.register_comm_hook(None, shared.hook)
+        return prepared, shared.step, "shared memory"
     if precision == "bf16":
         prepared.register_comm_hook(None, bf16_compress_hook)
-    return prepared, dist.get_backend()
+    return prepared, optimizer.step, dist.get_backend()
+
+
+def start_run(settings: dict[str, Any], wrap: fit.Wrap = under_ddp) -> fit.Run:
+    """Return the run at its very start, this rank's rows pulled and the network under DDP, or as `wrap` has it."""
+    config = TrainConfig.from_dict(settings["config"])
+    context = ray.train.get_context()
+    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    rows = open_rows(config, settings, rank)
+    check_equal_steps(config, rows, rank)
+    return fit.Run(config, rows, rank, wrap)
 
 
 def restore_newest(run: fit.Run, keeper: Keeper) -> tuple[int | None, list[str]]:

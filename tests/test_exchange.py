@@ -1,8 +1,10 @@
-"""Gradients through shared memory: the same mean on every rank, however long each takes, and nothing left behind."""
+"""The update shared out among ranks: the bits are those of every rank moving all, and nothing is left behind."""
 
+import copy
 import os
 import random
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,11 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fashion import exchange
-from fashion.exchange import SharedMemoryExchange
+from fashion import exchange, fit
+from fashion import model as model_module
+from fashion.config import TrainConfig
+from fashion.exchange import SharedUpdate, pieces_of
+from fashion.optimizer import build_optimizer
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,8 +28,8 @@ pytestmark = [
 ]
 
 WORLD_SIZE = 3
-# Not a whole number of chunks, and several of them.
-NUM_ELEMENTS = 3 * exchange.CHUNK + 1001
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
+WIDTHS = (1, 2, 3, 8)
 
 
 def join(rank: int, folder: str) -> None:
@@ -33,80 +39,132 @@ def join(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
 
 
-def gradient_of(rank: int, turn: int, size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(100 * turn + rank))
+def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a network and its optimizer, the same on every rank: padding with a group of its own, weights of several
+    pieces, and convolutions that Muon cuts.
+    """
+    config = TrainConfig(preset="smoke", optimizer=name, padding="learned")  # type: ignore[arg-type]  # of OPTIMIZERS
+    torch.manual_seed(0)
+    model = model_module.place(fit.build_model(config, 0.3, 0.35), torch.device("cpu"))
+    return model, build_optimizer(config, model)
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, update: Callable[[], object], rank: int, turn: int
+) -> None:
+    """Take a step on rows that are this rank's, as the loop does."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * (1 + turn) / 2
+    generator = torch.Generator().manual_seed(100 * turn + rank)
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    loss = F.cross_entropy(model(images).float(), torch.randint(0, 10, (2,), generator=generator))
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    update()
+
+
+def average_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """What `SharedUpdate` says that it does, through sockets."""
+    gradient = bucket.buffer()
+    sent = [torch.empty_like(gradient, dtype=dtype) for _ in range(WORLD_SIZE)]
+    dist.all_gather(sent, gradient.to(dtype))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(((sent[0].float() + sent[1]) + sent[2]) * (1.0 / WORLD_SIZE))
+    return done
 
 
 def check_on_every_rank(rank: int, folder: str) -> None:
     join(rank, folder)
-    check_means(rank)
-    check_ddp(rank)
+    for name in OPTIMIZERS:
+        check_steps(rank, name, torch.float32)
+    check_steps(rank, "muon", torch.bfloat16)
     check_ranks_that_cannot_share(rank)
     check_death(rank)
 
 
-def check_means(rank: int) -> None:
-    """Of buckets of any size, one after another, while ranks dawdle."""
-    for dtype in (torch.float32, torch.bfloat16):
-        shared = SharedMemoryExchange.open(NUM_ELEMENTS, dtype)
-        assert shared is not None
-        for turn in range(12):
-            size = (NUM_ELEMENTS, 1, exchange.CHUNK)[turn % 3]
-            gradient = gradient_of(rank, turn, size)
-            time.sleep(random.random() * 0.02)
-            shared.average(gradient)
-            sent = [gradient_of(other, turn, size).to(dtype).float() for other in range(WORLD_SIZE)]
-            expected = (sent[0] + sent[1] + sent[2]) * (1.0 / WORLD_SIZE)
-            assert torch.equal(gradient, expected), (dtype, turn)
-
-
-def check_ddp(rank: int) -> None:
-    """A step under DDP with this exchange is the step with DDP's own."""
-    gradients = []
-    for shared in (None, SharedMemoryExchange.open(10_000, torch.float32)):
-        torch.manual_seed(0)
-        model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 2)))
-        if shared is not None:
-            model.register_comm_hook(None, shared.hook)
-        for turn in range(3):
-            model.zero_grad()
-            model(gradient_of(rank, turn, 100).view(5, 20)).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for theirs, ours in zip(*gradients, strict=True):
-        assert theirs is not None and ours is not None
-        assert torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+def check_steps(rank: int, name: str, dtype: torch.dtype) -> None:
+    """Weights and state are those of every rank moving everything, while ranks dawdle, and after a load in between."""
+    plain, plain_optimizer = started(name)
+    wrapped = DistributedDataParallel(plain, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(dtype, average_in_rank_order)
+    model, optimizer = started(name)
+    shared = SharedUpdate.open(optimizer, dtype)
+    assert shared is not None
+    ours = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
+    ours.register_comm_hook(None, shared.hook)
+    for turn in range(4):
+        if turn == 2:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(wrapped, plain_optimizer, plain_optimizer.step, rank, turn)
+        time.sleep(random.random() * 0.02)
+        step(ours, optimizer, shared.step, rank, turn)
+        expected, found = dict(plain.named_parameters()), dict(model.named_parameters())
+        assert all(torch.equal(found[key], expected[key]) for key in expected), (name, dtype, turn)
+    expected_state, state = plain_optimizer.state_dict(), optimizer.state_dict()
+    assert state["param_groups"] == expected_state["param_groups"]
+    for index, kept in expected_state["state"].items():
+        assert set(kept) == set(state["state"][index]), (name, index)
+        assert all(torch.equal(kept[key], state["state"][index][key]) for key in kept), (name, dtype, index)
+    moved, untouched = dict(model.named_parameters()), dict(started(name)[0].named_parameters())
+    assert not any(torch.equal(moved[key], untouched[key]) for key in moved), "every parameter moved"
 
 
 def check_ranks_that_cannot_share(rank: int) -> None:
     """No room, or one rank that does not see the file: all ranks do without it."""
-    real = exchange.create, exchange.map_file
-    assert SharedMemoryExchange.open(1 << 50, torch.float32) is None, "no machine has that much"
+    optimizer = torch.optim.SGD(nn.Linear(10, 10).parameters(), lr=0.1)
+    real = exchange.size_of, exchange.map_file
+    exchange.size_of = lambda optimizer, dtype: 1 << 50
+    assert SharedUpdate.open(optimizer, torch.float32) is None, "no machine has that much"
+    exchange.size_of = real[0]
     if rank == 1:
         exchange.map_file = lambda path: None
-    assert SharedMemoryExchange.open(10, torch.float32) is None
-    exchange.create, exchange.map_file = real
-    assert SharedMemoryExchange.open(10, torch.float32) is not None
+    assert SharedUpdate.open(optimizer, torch.float32) is None
+    exchange.map_file = real[1]
+    assert SharedUpdate.open(optimizer, torch.float32) is not None
 
 
 def check_death(rank: int) -> None:
     """A rank that died is noticed at once, not after the time limit of a minute."""
-    shared = SharedMemoryExchange.open(NUM_ELEMENTS, torch.float32)
+    model, optimizer = started("muon")
+    shared = SharedUpdate.open(optimizer, torch.float32)
     assert shared is not None
-    gradient = torch.ones(NUM_ELEMENTS)
-    shared.average(gradient)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
+    wrapped.register_comm_hook(None, shared.hook)
+    step(wrapped, optimizer, shared.step, rank, 0)
     if rank == 2:
         os._exit(0)
-    started = time.monotonic()
+    began = time.monotonic()
     with pytest.raises(RuntimeError):
-        shared.average(gradient)
-    assert time.monotonic() - started < 30
+        step(wrapped, optimizer, shared.step, rank, 1)
+    assert time.monotonic() - began < 30
 
 
 def left_behind() -> list[Path]:
     return [path for path in exchange.SHARED_MEMORY.glob("fashion-*") if path.stat().st_uid == os.getuid()]
 
 
-def test_ranks_of_one_host_average_their_gradients(tmp_path: Path) -> None:
+def test_ranks_of_one_host_share_the_update(tmp_path: Path) -> None:
     before = left_behind()
     torch.multiprocessing.spawn(check_on_every_rank, (str(tmp_path),), WORLD_SIZE)
     assert left_behind() == before
+
+
+@pytest.mark.parametrize("world_size", WIDTHS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_row_is_moved_by_one_rank(name: str, world_size: int) -> None:
+    _, optimizer = started(name)
+    ranks = [pieces_of(optimizer.param_groups, rank, world_size) for rank in range(world_size)]
+    for number, group in enumerate(optimizer.param_groups):
+        own = [[piece for piece in pieces if piece.group == number] for pieces in ranks]
+        for weight in group["params"]:
+            rows = [
+                row
+                for pieces in own
+                for piece in pieces
+                if piece.weight is weight
+                for row in range(piece.start, piece.stop)
+            ]
+            assert sorted(rows) == list(range(len(weight)))
+        loads = [sum(piece.num_elements for piece in pieces) for pieces in own]
+        largest = max(piece.num_elements for pieces in own for piece in pieces)
+        assert max(loads) - min(loads) <= largest, (number, loads)

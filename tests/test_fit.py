@@ -35,10 +35,10 @@ def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, ra
     return fit.Run(config, rows, rank, wrap)
 
 
-def wrap(network: nn.Module, precision: str) -> tuple[nn.Module, str]:
+def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.Wrapped:
     if not dist.is_initialized():
-        return network, "none"
-    return DistributedDataParallel(network, broadcast_buffers=False), "gloo"
+        return fit.alone(network, optimizer, precision)
+    return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
 
 
 def without_times(history: list[Metrics]) -> list[Metrics]:

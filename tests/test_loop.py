@@ -41,7 +41,7 @@ def train(model: nn.Module, batches: list[loop.Batch], lr: float = 0.01) -> loop
     return loop.train_one_epoch(
         model,
         batches,
-        optimizer,
+        optimizer.step,
         epoch=1,
         set_lr=lambda step: None,
         precision="fp32",
@@ -109,7 +109,7 @@ def test_label_smoothing_changes_the_step_and_not_the_reported_loss(rows: loop.B
         result = loop.train_one_epoch(
             model,
             batch,
-            optimizer,
+            optimizer.step,
             epoch=1,
             set_lr=lambda step: None,
             precision="fp32",

@@ -44,7 +44,7 @@ def step_vs_limit(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
 def time_step_and_product(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate steps and matrix products; return GFLOP/s of all ranks, per repeat."""
     worker.prepare_process(settings["threads"])
-    run = worker.start_run(settings)
+    run = worker.start_run(settings, fit.alone)
     device = run.rank.device
     steps = settings["steps"]
     batches = one_batch(run, steps)
@@ -58,7 +58,7 @@ def time_step_and_product(settings: dict[str, Any]) -> Rates:
         return 2 * size**3 * count * run.rank.world_size / seconds / 1e9
 
     sides: dict[str, Callable[[int], float]] = {
-        "step": lambda repeat: flops / together(lambda: time_steps(run, run.model, batches)) / 1e9,
+        "step": lambda repeat: flops / together(lambda: time_steps(run, batches)) / 1e9,
         "product": lambda repeat: max(product_rate(size) for size in PRODUCT_SIZES[device.type]),
     }
     return alternate(sides, settings["repeats"])
@@ -90,13 +90,13 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
 def time_job_and_step(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate the real loop and the bare steps; return images/s of all ranks, per repeat."""
     worker.prepare_process(settings["threads"])
-    run = worker.start_run(settings)
+    run, plain = worker.start_run(settings), worker.start_run(settings, fit.alone)
     steps = settings["steps"]
     rows = steps * run.config.global_batch_size
     batches = one_batch(run, steps)
     sides: dict[str, Callable[[int], float]] = {
-        "plain": lambda repeat: rows / together(lambda: time_steps(run, run.model, batches)),
-        "ddp": lambda repeat: rows / together(lambda: time_steps(run, run.wrapped, batches)),
+        "plain": lambda repeat: rows / together(lambda: time_steps(plain, batches)),
+        "ddp": lambda repeat: rows / together(lambda: time_steps(run, batches)),
         "job": lambda repeat: rows / together(lambda: time_loop(run, first_batches(run, repeat, steps))),
     }
     return alternate(sides, settings["repeats"])
@@ -244,18 +244,18 @@ def scaling(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurem
 def time_one_and_two(settings: dict[str, Any]) -> Rates:
     """Run on two workers: alternate steps of rank 0 alone and of both under DDP; return images/s, per repeat."""
     worker.prepare_process(settings["threads"])
-    run = worker.start_run(settings)
+    run, alone = worker.start_run(settings), worker.start_run(settings, fit.alone)
     assert run.rank.world_size == 2, run.rank.world_size
     batches = one_batch(run, settings["steps"])
     rows = settings["steps"] * run.config.global_batch_size // 2
 
     def one() -> None:
         if run.rank.rank == 0:
-            time_steps(run, run.model, batches)
+            time_steps(alone, batches)
 
     sides: dict[str, Callable[[int], float]] = {
         "one": lambda repeat: rows / together(one),
-        "two": lambda repeat: 2 * rows / together(lambda: time_steps(run, run.wrapped, batches)),
+        "two": lambda repeat: 2 * rows / together(lambda: time_steps(run, batches)),
     }
     return alternate(sides, settings["repeats"])
 

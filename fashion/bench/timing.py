@@ -10,7 +10,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 from fashion import cluster, data, fit, loop, trainer
 from fashion.bench.measurement import Rates
@@ -77,16 +76,16 @@ def one_batch(run: fit.Run, steps: int) -> list[loop.Batch]:
     return [next(iter(run.rows.train_batches(1)))] * steps
 
 
-def time_steps(run: fit.Run, model: nn.Module, batches: list[loop.Batch]) -> None:
+def time_steps(run: fit.Run, batches: list[loop.Batch]) -> None:
     """Forward, backward and update on each batch, and nothing else."""
-    run.model.train()
+    run.wrapped.train()
     for images, labels in batches:
         with loop.autocast(run.precision, run.rank.device):
-            logits = model(images)
+            logits = run.wrapped(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.config.label_smoothing)
-        run.optimizer.zero_grad(set_to_none=True)
+        run.wrapped.zero_grad()
         torch.autograd.backward(loss)
-        run.optimizer.step()
+        run.update()
 
 
 def time_loop(run: fit.Run, batches: Iterator[loop.Batch]) -> None:
@@ -94,7 +93,7 @@ def time_loop(run: fit.Run, batches: Iterator[loop.Batch]) -> None:
     loop.train_one_epoch(
         run.wrapped,
         batches,
-        run.optimizer,
+        run.update,
         epoch=1,
         set_lr=run.set_lr,
         precision=run.precision,
