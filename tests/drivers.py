@@ -72,12 +72,16 @@ class Driver:
     def workers(self) -> list[psutil.Process]:
         return [each for each in self.look() if command_of(each).startswith("ray::RayTrainWorker")]
 
-    def victim(self, kind: str, chance: random.Random) -> psutil.Process | None:
-        """Return a worker, the driver or its node's raylet; None if there is none any more."""
+    def victims(self, kind: str, chance: random.Random) -> list[psutil.Process]:
+        """Return a worker, the driver, or what a lost node takes with it: its raylet and all workers. None are left of
+        a run that is over.
+        """
         if kind == "driver":
-            return self._me if self._me.is_running() else None
-        chosen = self.workers() if kind == "worker" else [each for each in self.look() if is_raylet(each)]
-        return chance.choice(chosen) if chosen else None
+            return [self._me] if self._me.is_running() else []
+        workers = self.workers()
+        if kind == "node":
+            return [each for each in self.look() if is_raylet(each)] + workers
+        return [chance.choice(workers)] if workers else []
 
     def wait(self) -> str:
         """Wait for its end; return what it said."""
