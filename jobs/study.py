@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
             summary.print_study(name, rows)
     except trainer.RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        print("the study goes on by the same command", file=sys.stderr)
         sys.exit(1)
     print(f"reports: {storage.show('reports', 'study')}")
 
