@@ -86,7 +86,7 @@ def outcome(call: Callable[[], object], told: str = "", name: str = "") -> str:
         assert message.isprintable() and told in message, (name, message)
         assert 10 < len(message) <= config.LONGEST_MESSAGE + 5, (name, message)
         return "refused"
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, it is no refusal: the test fails and names the input
         raise AssertionError(f"input {name}: {type(error).__name__}: {error}") from error
     return "accepted"
 
@@ -371,6 +371,12 @@ def test_trials(storage: Storage) -> None:
     """The rows that a resumed search goes on from."""
     space = SearchConfig(num_samples=1)
     values = {"split": ["train", "test", None], "epoch": [0, 2, None], "loss": [None, math.nan], "epoch_time_s": [0.0]}
+    known: dict[str, bytes] = {}  # epochs come again often, and most of the time would go into writing them as Parquet
+
+    def put_rows(table: str, content: bytes) -> None:
+        put(storage, content, "reports", table, "run_id=s-t0000", f"{table}.parquet")
+
+    put_rows("runs", bytes(report.encode("runs", [RUN])))
 
     def parse(rng: Random) -> None:
         epochs = [dict(row) for row in EPOCHS]
@@ -379,16 +385,17 @@ def test_trials(storage: Storage) -> None:
                 name = rng.choice(list(values))
                 row[name] = rng.choice(values[name])
         trials = [TRIAL | {"settings_json": hostile_json(rng, {"lr": 0.1}).decode(errors="replace")}]
-        written = {"runs": [RUN], "epochs": epochs, "trials": trials if rng.random() < 0.9 else []}
-        for table, rows in written.items():
-            put(storage, bytes(report.encode(table, rows)), "reports", table, "run_id=s-t0000", f"{table}.parquet")
+        if str(epochs) not in known:
+            known[str(epochs)] = bytes(report.encode("epochs", epochs))
+        put_rows("epochs", known[str(epochs)])
+        put_rows("trials", bytes(report.encode("trials", trials if rng.random() < 0.9 else [])))
         opened = ledger.Ledger(storage, "s", space, {}, TrainConfig().to_dict())
         [trial] = opened.ranked()
         assert isinstance(trial.settings, dict)
         # Two epochs, where the val row of the first has become the train row of a second.
         assert metrics.summarise(trial.history, 1)["epochs_done"] in (1, 2)
 
-    fuzz(parse, told="s-t0000", inputs=INPUTS // 50)  # three files each
+    fuzz(parse, told="s-t0000")
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -184,17 +184,17 @@ def actors() -> dict[str, str]:
 
 
 def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None, storage: Storage) -> None:
-    """Each step sees all 64 rows whatever the width, so only rounding may differ.
+    """Each step sees all 256 rows whatever the width, so only rounding may differ.
 
     With plain SGD: Adam's steps have full size however small a gradient is, so they turn rounding into movement.
     """
     config = TrainConfig(
         preset="smoke",
         epochs=10,
-        max_train_rows=64,
-        global_batch_size=64,
+        max_train_rows=256,
+        global_batch_size=256,
         optimizer="sgd",
-        lr=0.003,
+        lr=0.004,
         flip="none",
         label_smoothing=0.0,
         precision="fp32",
@@ -206,7 +206,7 @@ def test_the_number_of_workers_does_not_change_what_is_learned(ray_cluster: None
         print(f"width {width}: weights differ by {max(differences):.1e}")
         assert max(differences) < 1e-4, (width, max(differences))
     first = fit_first(config)
-    assert max((runs[1][name] - first[name]).abs().max().item() for name in first if "pixel" not in name) > 5e-3, (
+    assert max((runs[1][name] - first[name]).abs().max().item() for name in first if "pixel" not in name) > 1e-2, (
         "it did learn"
     )
 
