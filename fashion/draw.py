@@ -79,8 +79,8 @@ def panel_parts(panel: Panel) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         {
             "x": mark.x,
             "yref": "paper",
-            "y": 1 if mark.high else 0.02,
-            "yanchor": "top" if mark.high else "bottom",
+            "y": 0.02 + 0.98 * mark.height,
+            "yanchor": "top" if mark.height > 0.5 else "bottom",
             "xanchor": "left" if mark.x < middle else "right",
             "text": escaped(mark.label),
             "showarrow": False,
@@ -279,13 +279,14 @@ def draw_words(axes: "Axes", panel: Panel) -> None:
         left = mark.x < sum(axes.get_xlim()) / 2
         axes.annotate(
             plain(mark.label),
-            (mark.x, 0.98 if mark.high else 0.02),
+            (mark.x, 0.02 + 0.96 * mark.height),
             xycoords=("data", "axes fraction"),
             xytext=(4 if left else -4, 0),
             textcoords="offset points",
             ha="left" if left else "right",
-            va="top" if mark.high else "bottom",
+            va="top" if mark.height > 0.5 else "bottom",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     for note in panel.notes:
         axes.text(note.x, note.y, plain(note.text), ha="center", va="center", fontsize=9)

@@ -58,8 +58,8 @@ class Mark:
     label: str
     colour: str = BLACK
     dash: str = "dash"
-    high: bool = True
-    """Write the label at the panel's top, or else near its foot."""
+    height: float = 1.0
+    """Where the label is written, from 0 at the panel's foot to 1 at its top."""
 
 
 @dataclass(frozen=True)
@@ -130,28 +130,35 @@ def learning_curves(number: int, run_id: str, epochs: Sequence[Row]) -> Figure:
     """Draw loss and accuracy over the epochs, train and val; `number` makes the name unique."""
     last = max((row["epoch"] for row in epochs), default=1)
     turn = turning_point(epochs)
-    marks = [] if turn is None else [Mark(turn, f"val loss turns: epoch {turn}")]
     caption = (
         "Val loss is lowest at the last epoch."
         if turn is None
         else f"Val loss is lowest at epoch {turn} of {last} and never as low again: from there on the network overfits."
     )
-    if last >= PUBLISHED_TURN:
-        marks.append(Mark(PUBLISHED_TURN, f"published: epoch {PUBLISHED_TURN}", GREY, "dot", high=False))
-    else:
+    if last < PUBLISHED_TURN:
         caption += f" The published turning point, epoch {PUBLISHED_TURN}, lies beyond the end of this run."
+    # Labels stand one above the other where curves leave room: loss falls from the top, accuracy rises to it.
+    columns = (("Loss (nats per image)", "loss", (1.0, 0.9)), ("Accuracy", "accuracy", (0.1, 0.0)))
     panels = [
         Panel(
             title=title,
             x_title="epoch",
             series=[curve(epochs, split, column, style) for split, style in (("train", TRAIN), ("val", VAL))],
-            marks=marks,
+            marks=turning_marks(turn, last, heights),
             x_range=(0.5, last + 0.5),
             x_ticks=epoch_ticks(last),
         )
-        for title, column in (("Loss (nats per image)", "loss"), ("Accuracy", "accuracy"))
+        for title, column, heights in columns
     ]
     return Figure(name=f"curves-{number}", title=f"Learning curves of {run_id}", caption=caption, panels=panels)
+
+
+def turning_marks(turn: int | None, last: int, heights: tuple[float, float]) -> list[Mark]:
+    """Mark this run's turning point and the published one, those that lie within its `last` epochs, at `heights`."""
+    own = [] if turn is None else [Mark(turn, f"val loss turns: epoch {turn}", height=heights[0])]
+    if last < PUBLISHED_TURN:
+        return own
+    return [*own, Mark(PUBLISHED_TURN, f"published: epoch {PUBLISHED_TURN}", GREY, "dot", heights[1])]
 
 
 def curve(epochs: Sequence[Row], split: str, column: str, style: Style) -> Series:
@@ -320,7 +327,7 @@ def trial_curves(number: int, search: Search) -> Figure | None:
         x_title="epoch",
         y_title="val accuracy",
         series=[one for one in series if one.x],
-        marks=[Mark(rung, f"rung {rung}", GREY, "dot", high=False) for rung in search.rungs],
+        marks=[Mark(rung, f"rung {rung}", GREY, "dot", height=0.0) for rung in search.rungs],
         x_range=(0.5, last + 0.5),
         x_ticks=epoch_ticks(last),
         y_range=limits,

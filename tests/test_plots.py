@@ -220,6 +220,10 @@ def test_curves_mark_both_turning_points_or_say_why_not(full: Storage) -> None:
             (8, "val loss turns: epoch 8"),
             (10, "published: epoch 10"),
         ]
+        # One above the other, on the side that the curves leave free: falling from the top, or rising to it.
+        free = [mark.height > 0.5 for mark in panel.marks]
+        assert free == [panel.title.startswith("Loss")] * 2
+        assert abs(panel.marks[0].height - panel.marks[1].height) >= 0.1 - 1e-9
         assert [(series.name, len(series.x)) for series in panel.series] == [("train", 14), ("val", 14)]
         assert len({(series.style.dash, series.style.marker) for series in panel.series}) == 2
     short = figures.learning_curves(2, "short", epochs["short"])
