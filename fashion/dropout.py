@@ -71,5 +71,5 @@ def keep_bits(like: Tensor, kept_levels: int) -> Tensor:
     draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     # Negative where the draw is below `kept_levels`; the shift fills the number with its sign.
     bits = draws.bitwise_and_(WITHOUT_SIGNS).view(torch.int16).sub_(kept_levels).bitwise_right_shift_(15)[:count]
-    dense = like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)
+    dense = torch.empty_like(like, device="meta").stride() == like.stride()
     return bits.as_strided(like.shape, like.stride()) if dense else bits.view(like.shape)

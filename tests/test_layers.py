@@ -44,6 +44,7 @@ LAYERS: dict[str, list[str]] = {
         "model",
         "loop",
         "optimizer",
+        "winograd",
         "checkpoint",
         "exchange",
         "fit",
