@@ -59,7 +59,7 @@ def convolve_single(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str
     batch, _, size, _ = x.shape
     padded = F.pad(x, (1, 1, 1, 1), mode="constant" if padding == "zeros" else padding).permute(TO_PIXELS).contiguous()
     shifts = [padded[row : row + size, column : column + size] for row in range(TAPS) for column in range(TAPS)]
-    taps, filters = torch.stack(shifts).view(TAPS * TAPS, -1).T, weight.reshape(len(weight), -1).T
+    taps, filters = torch.stack(shifts).view(TAPS * TAPS, -1).T, weight.permute(0, 2, 3, 1).reshape(len(weight), -1).T
     y = taps @ filters if bias is None else torch.addmm(bias, taps, filters)
     return y.view(size, size, batch, len(weight)).permute(TO_PIXELS)
 
@@ -171,7 +171,9 @@ def transform_filters_back(places: Tensor) -> Tensor:
     """Return the gradient (out, in, 3, 3) of the weight from that of `transform_filters`, (81, out, in)."""
     matrix, (num_out, num_in) = filter_transform().T.contiguous(), places.shape[1:]
     rows = torch.bmm(matrix.expand(PLACES, -1, -1), places.view(PLACES, PLACES, -1))
-    return torch.mm(matrix, rows.view(PLACES, -1)).view(TAPS, TAPS, num_out, num_in).permute(TO_PIXELS)
+    weight = torch.mm(matrix, rows.view(PLACES, -1)).view(TAPS, TAPS, num_out, num_in).permute(TO_PIXELS)
+    # The order that weights lie in, and DDP's buckets with them.
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache

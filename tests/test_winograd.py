@@ -57,6 +57,15 @@ def test_one_axis_is_exact_in_double_precision() -> None:
     assert torch.allclose(found, signal.unfold(0, 3, 1) @ kernel, atol=1e-11)
 
 
+@pytest.mark.parametrize("num_in", [1, 8])
+def test_gradients_of_weights_lie_in_the_order_that_weights_do(num_in: int) -> None:
+    """DDP would complain of any other, and copy element by element."""
+    weight = torch.randn(6, num_in, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = winograd.convolve(torch.randn(2, num_in, 14, 14), weight, None, "zeros")
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    assert gradient.stride() == (9 * num_in, 1, 3 * num_in, num_in)
+
+
 def test_without_bias() -> None:
     x, weight = torch.randn(2, 3, 14, 14), torch.randn(4, 3, 3, 3, requires_grad=True)
     y = winograd.convolve(x, weight, None, "zeros")

@@ -217,11 +217,15 @@ def scaling(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurem
     """Row f: images/s of two workers under DDP against twice that of one, each with the same pre-made batch; and how
     long a tiny model's epoch (one step and one report) takes 2, 4 and 8 workers, against one.
 
-    The two workers are the same processes in both cases: one waits while the other trains alone. Aimed at is the
+    The two workers are the same processes in all cases: one waits while the other trains alone. Aimed at is the
     efficiency with a worker's batch kept: what one worker would take alone, whatever the number of workers. The job
     keeps the global batch and halves a worker's; gradients stay as many, so they weigh twice as much beside the step.
+
+    Cores share caches, memory and their clock, so two workers that exchange nothing are not twice as fast as one either
+    (`_apart`). Beside those, `_of_ddp` says what the exchange costs, and waiting for each other.
     """
     alone = TrainConfig(epochs=1).global_batch_size
+    threads = 2 * scale.threads_per_worker
     measured = []
     for name, each, target in (("f_efficiency_1_to_2", alone, 0.96), ("f_efficiency_half_batch", alone // 2, 0.0)):
         rates, _ = in_workers(
@@ -232,7 +236,11 @@ def scaling(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurem
             {"repeats": repeats, "steps": STEPS // 2},
         )
         ones = [2 * rate for rate in rates["one"]]
-        measured.append(Measurement(name, "images/s", rates["two"], ones, target, 2 * scale.threads_per_worker))
+        measured += [
+            Measurement(name, "images/s", rates["two"], ones, target, threads),
+            Measurement(f"{name}_apart", "images/s", rates["apart"], ones, 0.0, threads),
+            Measurement(f"{name}_of_ddp", "images/s", rates["two"], rates["apart"], target, threads),
+        ]
     share = min(1.0, ray.cluster_resources()["CPU"] / max(WIDTHS))
     times = {width: time_control(width, share, repeats) for width in (1, *WIDTHS)}
     return measured + [
@@ -242,7 +250,9 @@ def scaling(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurem
 
 
 def time_one_and_two(settings: dict[str, Any]) -> Rates:
-    """Run on two workers: alternate steps of rank 0 alone and of both under DDP; return images/s, per repeat."""
+    """Run on two workers: alternate steps of rank 0 alone, of both without exchange, and of both under DDP; return
+    images/s, per repeat.
+    """
     worker.prepare_process(settings["threads"])
     run, alone = worker.start_run(settings), worker.start_run(settings, fit.alone)
     assert run.rank.world_size == 2, run.rank.world_size
@@ -255,6 +265,7 @@ def time_one_and_two(settings: dict[str, Any]) -> Rates:
 
     sides: dict[str, Callable[[int], float]] = {
         "one": lambda repeat: rows / together(one),
+        "apart": lambda repeat: 2 * rows / together(lambda: time_steps(alone, batches)),
         "two": lambda repeat: 2 * rows / together(lambda: time_steps(run, batches)),
     }
     return alternate(sides, settings["repeats"])
