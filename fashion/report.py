@@ -324,11 +324,16 @@ def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
         raise UserError(f"{place} is damaged: config_json cannot be used ({error}); start another run") from error
 
 
-def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
-    """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
+def differing_settings(storage: Storage, run_id: str, config: TrainConfig) -> list[str]:
+    """Return each setting in which `config` differs from the stored run's, as a flag with both values."""
     stored = stored_config(storage, run_id).to_dict()
     asked = config.to_dict()
-    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+    return [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+
+
+def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
+    """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
+    differing = differing_settings(storage, run_id, config)
     require(
         not differing,
         f"--resume {run_id} was given other settings: {', '.join(differing)}; leave them out, or start a new run",

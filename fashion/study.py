@@ -5,6 +5,7 @@ like any other, so that a study goes on where it was cut off, and all that it me
 """
 
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from fashion import report, trainer
 from fashion.arms import Part
 from fashion.cluster import Plan
-from fashion.config import FaultConfig, ScaleConfig, TrainConfig, preset
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, preset, require
 from fashion.effects import mcnemar, paired_effect
 from fashion.storage import Storage
 
@@ -58,8 +59,10 @@ def carry_out(
 ) -> Iterator[tuple[str, list[Row]]]:
     """Train what is not yet trained, seed by seed; after each part, write its rows and yield them under its name.
 
-    Raises what `trainer.train` raises. A run that was cut off goes on from its latest checkpoint.
+    Raises `UserError`, before anything is trained, if a run of that name has other settings, and what `trainer.train`
+    raises. A run that was cut off goes on from its latest checkpoint.
     """
+    check_same_settings(storage, study_id, parts, size)
     for name, part in parts.items():
         # All arms of a seed before the next seed: a study that is cut off leaves pairs.
         for seed in range(size.seeds):
@@ -79,6 +82,20 @@ def carry_out(
             rows = part_rows(storage, study_id, name, part, seed + 1)
             report.write_table(storage, "study", f"{study_id}-{name}", rows)
         yield name, rows
+
+
+def check_same_settings(storage: Storage, study_id: str, parts: Mapping[str, Part], size: Size) -> None:
+    """Raise `UserError` if the study has runs that were begun with other settings: it would compare unlike ones."""
+    for name, part in parts.items():
+        for arm, seed in itertools.product(part.arms, range(size.seeds)):
+            run_id = run_id_of(study_id, name, arm, seed)
+            if report.find_run(storage, run_id) is not None:
+                differing = report.differing_settings(storage, run_id, config_of(part, arm, size, seed))
+                require(
+                    not differing,
+                    f"--study-id {study_id} has {run_id} with other settings: {', '.join(differing)}; "
+                    "repeat those of its first command, or name another study",
+                )
 
 
 def part_rows(storage: Storage, study_id: str, name: str, part: Part, seeds: int) -> list[Row]:
