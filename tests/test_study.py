@@ -75,13 +75,14 @@ def test_every_arm_is_a_recipe_that_can_be_trained() -> None:
 
 
 def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: Storage) -> None:
-    """Its runs would be compared with others of fewer rows; after the study that has the name."""
+    """Its runs would be compared with others of fewer rows. Runs after the study that has the name; the part before
+    that one is new, and is not begun either."""
     with pytest.raises(UserError, match=r"--study-id few has few-arms-plain-s0 .* --epochs 1 .was 2.*; .*another"):
         list(
             study.carry_out(
                 tiny_storage,
                 "few",
-                {"arms": ARMS},
+                {"before": ARMS, "arms": ARMS},
                 study.Size(seeds=1, epochs=1, max_train_rows=64),
                 ScaleConfig(num_workers="1"),
                 faults=FaultConfig(),
@@ -89,3 +90,4 @@ def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: St
                 announce=lambda run_id, plan: None,
             )
         )
+    assert report.find_run(tiny_storage, "few-before-plain-s0") is None
