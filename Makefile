@@ -101,17 +101,18 @@ fmt: setup ## Format and mend what the linter can
 	@.venv/bin/ruff format .
 
 up: setup ## Start a head node here: token authentication on, dashboard on 127.0.0.1
-	@$(RUN) fashion.head up
+	@$(RUN) fashion.cluster.head up
 
 submit-train: setup ## Submit `jobs.train` to the head node of `make up`, follow it, exit with its status
-	@$(RUN) fashion.head submit jobs.train $(train_flags) $(submit_source)
+	@$(RUN) fashion.cluster.head submit jobs.train $(train_flags) $(submit_source)
 
 submit-tune: setup ## Submit `jobs.tune` to it likewise
-	@$(RUN) fashion.head submit jobs.tune $(tune_flags) $(submit_source)
+	@$(RUN) fashion.cluster.head submit jobs.tune $(tune_flags) $(submit_source)
 
 down: setup ## Stop what `make up` started, and nothing else
-	@$(RUN) fashion.head down
+	@$(RUN) fashion.cluster.head down
 
 clean: ## Delete what the project made here, results apart
-	@if [ -d .ray ] && [ -x .venv/bin/python ]; then $(RUN) fashion.head down; fi
-	rm -rf .venv .ray .mypy_cache .pytest_cache .ruff_cache fashion/__pycache__ jobs/__pycache__ tests/__pycache__
+	@if [ -d .ray ] && [ -x .venv/bin/python ]; then $(RUN) fashion.cluster.head down; fi
+	rm -rf .venv .ray .mypy_cache .pytest_cache .ruff_cache 
+	find fashion jobs tests -name __pycache__ -prune -exec rm -rf {} +

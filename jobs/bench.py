@@ -31,8 +31,10 @@ def main(argv: Sequence[str]) -> None:
     """Parse, measure, print and write the rows."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.bench", description=__doc__ or "")
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
-    from fashion import cluster, report, summary
     from fashion.bench.rows import ROWS
+    from fashion.cluster import plan as cluster
+    from fashion.reports import console as summary
+    from fashion.reports import tables as report
     from fashion.storage import open_storage
 
     out = Path(flags.out).expanduser().absolute() if flags.out else None

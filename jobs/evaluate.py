@@ -27,7 +27,11 @@ def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the figures."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
     config.check_run_id(flags.run_id)
-    from fashion import cluster, data, evaluation, export, report, summary
+    from fashion.cluster import plan as cluster
+    from fashion.data import prepare as data
+    from fashion.inference import evaluation, export
+    from fashion.reports import console as summary
+    from fashion.reports import tables as report
     from fashion.storage import open_storage
 
     destination = export.check_destination(flags.export) if flags.export else None

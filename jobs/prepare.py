@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fashion import cli
 
 if TYPE_CHECKING:
-    from fashion.data import Manifest
+    from fashion.data.prepare import Manifest
     from fashion.storage import Storage
 
 
@@ -32,7 +32,7 @@ class Flags:
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, print what is there."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.prepare", description=__doc__ or "", default=Flags())
-    from fashion import data
+    from fashion.data import prepare as data
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
@@ -53,7 +53,7 @@ def prepare_or_synthetic(storage: "Storage", flags: Flags) -> "tuple[Manifest, b
 
     Every other failure stays one: it would fail for the stand-in too, or hide what the user should mend.
     """
-    from fashion import data
+    from fashion.data import prepare as data
 
     try:
         return data.prepare(storage, flags.source, flags.val_rows, flags.seed, replace_stand_in=True)

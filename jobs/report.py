@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     flags = cli.parse(Flags, argv, prog="python -m jobs.report", description=__doc__ or "")
     run_ids = [name.strip() for name in flags.run_id.split(",") if name.strip()]
-    from fashion import plots
+    from fashion.reports.page import sections as plots
     from fashion.storage import open_storage
 
     out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None

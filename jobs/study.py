@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fashion import cli, config
-from fashion.arms import PARTS
+from fashion.ablation.parts import PARTS
 from fashion.config import FaultConfig, ScaleConfig, require
 
 
@@ -43,7 +43,9 @@ class Flags:
 def main(argv: Sequence[str]) -> None:
     """Parse, train what is missing, print the rows of each part."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.study", description=__doc__ or "")
-    from fashion import study, summary, trainer
+    from fashion.ablation import study
+    from fashion.distributed import trainer
+    from fashion.reports import console as summary
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)

@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, train, print the result."""
     default, goes_on = starting_point(argv)
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
-    from fashion import summary, trainer
+    from fashion.distributed import trainer
+    from fashion.reports import console as summary
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
@@ -71,7 +72,7 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
         if not early["--run-id"]:
             raise UserError(f"{asked} needs --run-id with the name of the run to continue")
         config.check_run_id(early["--run-id"])
-        from fashion import report
+        from fashion.reports import tables as report
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from fashion import cli, config
 from fashion.config import TrainConfig, UserError
-from fashion.space import SearchConfig, SearchScale
+from fashion.search.space import SearchConfig, SearchScale
 
 PROG = "python -m jobs.tune"
 
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     base = flags.base()
-    from fashion import search, summary
+    from fashion.reports import console as summary
+    from fashion.search import search
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
@@ -97,7 +98,7 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
         if not early["--search-id"]:
             raise UserError(f"{asked} needs --search-id with the name of the search to continue")
         config.check_run_id(early["--search-id"], name="--search-id")
-        from fashion import ledger
+        from fashion.search import trial_store as ledger
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)

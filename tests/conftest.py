@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fashion import cli, data, synthetic
+from fashion import cli
+from fashion.data import prepare as data
+from fashion.data import synthetic
 from fashion.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def real_source() -> str:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave Ray's modules unread where their tests are not wanted: to import Ray takes as long as many unit tests."""
-    names = ("export", "jobs", "preflight", "search", "study", "train")
+    names = ("export", "commands", "preflight", "search", "study", "trainer")
     import_ray = [f"test_{name}.py" for name in names]
     return True if "not ray" in config.option.markexpr and collection_path.name in import_ray else None
 
@@ -136,7 +138,7 @@ def ray_cluster() -> Iterator[None]:
     """
     import ray
 
-    from fashion import cluster
+    from fashion.cluster import plan as cluster
 
     os.environ["RAY_ADDRESS"] = "local"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # epochs are short here, and each waits for a look

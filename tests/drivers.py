@@ -15,9 +15,11 @@ import torch
 from conftest import ROOT, job_environment
 from torch import Tensor
 
-from fashion import checkpoint, data, report
-from fashion.keeper import name_of
+from fashion.data import prepare as data
+from fashion.reports import tables as report
 from fashion.storage import Storage
+from fashion.training import checkpoint
+from fashion.training.checkpoint_manager import name_of
 
 EPOCHS = 2
 EVERY_S = 2.0

@@ -31,14 +31,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fashion import checkpoint, cli, config, data, ledger, metrics, report
-from fashion.average import begin_average
-from fashion.checkpoint import DamagedCheckpoint
+from fashion import cli, config
 from fashion.config import TrainConfig, UserError
-from fashion.fit import PROGRESS_FORMAT
-from fashion.optimizer import build_optimizer
-from fashion.space import SearchConfig
+from fashion.data import prepare as data
+from fashion.reports import tables as report
+from fashion.search import trial_store as ledger
+from fashion.search.space import SearchConfig
 from fashion.storage import Storage, read_parquet
+from fashion.training import checkpoint, metrics
+from fashion.training.checkpoint import DamagedCheckpoint
+from fashion.training.ema import begin_average
+from fashion.training.optimizer import build_optimizer
+from fashion.training.run import PROGRESS_FORMAT
 
 pytestmark = pytest.mark.slow
 
@@ -677,14 +681,14 @@ def test_a_storage_gives_no_path_that_lies_elsewhere(storage: Storage, name: str
     ],
 )
 def test_a_run_is_evaluated_from_its_own_checkpoint_alone(storage: Storage, place: str) -> None:
-    from fashion import evaluation
+    from fashion.inference import evaluation
 
     row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": place}
     assert outcome(lambda: evaluation.check_run(storage, "a", row), "--run-id a") == "refused"
 
 
 def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(storage: Storage) -> None:
-    from fashion import evaluation
+    from fashion.inference import evaluation
 
     row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": "runs/a/epoch-0001"}
     for name, content in checkpoint.encode(*make("adam"), PROGRESS).items():

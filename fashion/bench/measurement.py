@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fashion import report
 from fashion.config import IMAGE_SIZE
+from fashion.reports import tables as report
 
 Rates = dict[str, list[float]]
 """Per side of a comparison, its rate in each repeat."""

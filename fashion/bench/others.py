@@ -15,7 +15,6 @@ import ray
 import torch.distributed as dist
 from pyarrow import fs as pafs
 
-from fashion import report, worker
 from fashion.bench import startup
 from fashion.bench.measurement import Measurement, Rates, alternate, inverse
 from fashion.bench.peer_keras import ACCURACY
@@ -32,6 +31,8 @@ from fashion.bench.peers import (
 from fashion.bench.steps import STEPS, first_batches
 from fashion.bench.timing import in_workers, time_loop, together
 from fashion.config import RAY_ENVIRONMENT, ScaleConfig, TrainConfig, preset, require
+from fashion.distributed import worker
+from fashion.reports import tables as report
 from fashion.storage import Storage, open_storage
 
 ALLOWED_S = 3.0

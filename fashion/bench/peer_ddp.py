@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fashion import data
 from fashion.bench import peers
 from fashion.config import NUM_CLASSES
-from fashion.loop import Batch, autocast
-from fashion.model import NUM_PARAMETERS, count_parameters
+from fashion.data import prepare as data
+from fashion.model.network import NUM_PARAMETERS, count_parameters
 from fashion.storage import open_storage
+from fashion.training.epoch import Batch, autocast
 
 
 def network() -> nn.Sequential:

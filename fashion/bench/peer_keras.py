@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fashion import data
 from fashion.bench import peers
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, preset
+from fashion.data import prepare as data
 from fashion.storage import Storage, open_storage
 
 NUM_PARAMETERS = 7_001_194  # of model.NUM_PARAMETERS, which would load torch

@@ -32,7 +32,8 @@ def read_notes(text: str) -> dict[str, float]:
 
 def run_job(path: str, flags: list[str]) -> None:
     """Run `jobs.train`, and note when its imports are done, Ray is there, the loop starts, and a first step is done."""
-    from fashion import cluster, trainer
+    from fashion.cluster import plan as cluster
+    from fashion.distributed import trainer
 
     note(path, "imported")
     connect = cluster.connect
@@ -50,7 +51,8 @@ def watch(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return the training loop, with an observer of steps where nobody looks otherwise."""
 
     def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
-        from fashion import fit, worker
+        from fashion.distributed import worker
+        from fashion.training import run as fit
 
         note(path, "loop")
 

@@ -15,11 +15,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fashion import cluster, data, fit, loop, worker
 from fashion.bench.measurement import Measurement, Rates, alternate, inverse, step_flops
 from fashion.bench.timing import in_workers, one_batch, run_group, time_loop, time_steps, together
+from fashion.cluster import plan as cluster
 from fashion.config import IMAGE_SIZE, ScaleConfig, TrainConfig
+from fashion.data import prepare as data
+from fashion.distributed import worker
 from fashion.storage import Storage
+from fashion.training import run as fit
+from fashion.training.epoch import Batch
 
 STEPS = 60
 # Sides of the square matrices whose product is timed, the fastest of which is the limit, and operations per side.
@@ -102,7 +106,7 @@ def time_job_and_step(settings: dict[str, Any]) -> Rates:
     return alternate(sides, settings["repeats"])
 
 
-def first_batches(run: fit.Run, epoch: int, steps: int) -> "itertools.islice[loop.Batch]":
+def first_batches(run: fit.Run, epoch: int, steps: int) -> "itertools.islice[Batch]":
     """Return the first `steps` batches of an epoch."""
     return itertools.islice(run.rows.train_batches(epoch), steps)
 

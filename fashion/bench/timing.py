@@ -11,11 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fashion import cluster, data, fit, loop, trainer
 from fashion.bench.measurement import Rates
+from fashion.cluster import plan as cluster
 from fashion.config import ScaleConfig, TrainConfig
+from fashion.data import prepare as data
+from fashion.distributed import trainer
+from fashion.distributed.lean_trainer import Trainer
 from fashion.storage import Storage
-from fashion.torch_trainer import Trainer
+from fashion.training import epoch as loop
+from fashion.training import run as fit
 
 
 def in_workers(

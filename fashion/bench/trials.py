@@ -12,11 +12,15 @@ import ray
 import ray.tune
 from pyarrow import fs as pafs
 
-from fashion import cluster, data, report, search, trial, worker
 from fashion.bench.measurement import Measurement, inverse
+from fashion.cluster import plan as cluster
 from fashion.config import ScaleConfig, TrainConfig, require
-from fashion.ledger import name_of
-from fashion.space import SearchConfig, SearchScale
+from fashion.data import prepare as data
+from fashion.distributed import worker
+from fashion.reports import tables as report
+from fashion.search import search, trial
+from fashion.search.space import SearchConfig, SearchScale
+from fashion.search.trial_store import name_of
 from fashion.storage import Storage, open_storage
 
 

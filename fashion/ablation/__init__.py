@@ -1,0 +1,1 @@
+"""The ablation study: what each cure against overfitting changes."""

@@ -1,0 +1,1 @@
+"""The Ray cluster: connect, plan, check; one driver at a time."""

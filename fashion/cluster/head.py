@@ -1,0 +1,221 @@
+"""A private Ray head node of this project: `python -m fashion.cluster.head up | down | status | submit MODULE FLAGS`.
+
+Standard library alone. Everything lies in `.ray/` (private, ignored by git) and in a short folder below /tmp, since the
+paths of Ray's sockets must stay under 108 bytes. Linux only: it finds its processes in /proc.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fashion.config import RAY_ENVIRONMENT
+
+HOME = Path(".ray").resolve()
+STATE, TOKEN, ENV, LOG = HOME / "head.json", HOME / "token", HOME / "env", HOME / "head.log"
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray then listens on 127.0.0.1 alone, on Linux too
+START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 10
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def dashboard_port() -> int:
+    """Return the port that the user wants the dashboard on; ends with one line if it is none."""
+    text = os.environ.get("DASHBOARD_PORT", "8265")
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        refuse(f"DASHBOARD_PORT {text!r} must be a number from 1 to 65535")
+    return int(text)
+
+
+def own_pids(state: dict[str, Any]) -> list[int]:
+    """Return the live processes of the head: its session, and job drivers working inside its folder.
+
+    The session counts only while its leader is the head or is gone: its number may be somebody else's by now.
+    """
+    leader = Path(f"/proc/{state['pid']}/cmdline")
+    command = leader.read_bytes() if leader.exists() else b""
+    session_is_ours = not command or state["temp_dir"].encode() in command
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            inside = os.readlink(entry / "cwd").startswith(state["temp_dir"])
+            ours = inside or (session_is_ours and os.getsid(int(entry.name)) == state["pid"])
+        except OSError:
+            continue
+        if ours and not zombie:
+            found.append(int(entry.name))
+    return found
+
+
+def read_state() -> dict[str, Any] | None:
+    """Return what `up` recorded if that head still lives; its unique folder guards against reused pids."""
+    if not STATE.exists():
+        return None
+    state: dict[str, Any] = json.loads(STATE.read_text())
+    command = Path(f"/proc/{state['pid']}/cmdline")
+    return state if command.exists() and state["temp_dir"].encode() in command.read_bytes() else None
+
+
+def head_environment() -> dict[str, str]:
+    """Return the environment of the head; a token is made unless the user brings one."""
+    os.umask(0o077)
+    HOME.mkdir(exist_ok=True)
+    env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    env = RAY_ENVIRONMENT | env
+    if not env.get("RAY_AUTH_TOKEN") and not env.get("RAY_AUTH_TOKEN_PATH"):
+        if not TOKEN.exists():
+            TOKEN.write_text(secrets.token_hex(32))
+        env["RAY_AUTH_TOKEN_PATH"] = str(TOKEN)
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # so that a job's `python` is this one
+    env |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    return env | LOOPBACK
+
+
+def refuse(message: str) -> NoReturn:
+    """End with the one line that a user's mistake gets, and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def up(extra: list[str]) -> str:
+    """Start the head in its own session and wait until it serves."""
+    port = dashboard_port()
+    if state := read_state():
+        return f"Ray runs already at {state['url']} (pid {state['pid']})."
+    down()  # clears what a head that died on its own left behind
+    env = head_environment()
+    temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={temp_dir}",
+        f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
+        "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", *extra,
+    ]  # fmt: skip
+    with LOG.open("w") as log:
+        head = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    state = {"pid": head.pid, "temp_dir": temp_dir, "url": f"http://127.0.0.1:{port}"}
+    STATE.write_text(json.dumps(state))
+    wait_until_ready(head)
+    address = Path(temp_dir, "ray_current_cluster").read_text()
+    exports = {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": state["url"], "RAY_AUTH_MODE": "token"} | LOOPBACK
+    if path := env.get("RAY_AUTH_TOKEN_PATH"):
+        exports["RAY_AUTH_TOKEN_PATH"] = path
+    ENV.write_text("".join(f"export {key}='{value}'\n" for key, value in exports.items()))
+    return f"Ray is up: dashboard {state['url']}, GCS {address}, pid {head.pid}, log {LOG}"
+
+
+def wait_until_ready(head: subprocess.Popen[bytes]) -> None:
+    """Wait for Ray's own start message; take everything down again if it does not come."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "This command will now block" not in LOG.read_text():
+        if head.poll() is not None or time.monotonic() > deadline:
+            down()
+            refuse(f"Ray did not start: {LOG.read_text().strip().splitlines()[-1]} (log {LOG})")
+        time.sleep(0.2)
+
+
+def down() -> str:
+    """Stop what `up` started and nothing else."""
+    if not STATE.exists():
+        return "Ray is not up; nothing to stop."
+    state = json.loads(STATE.read_text())
+    if read_state():
+        os.kill(state["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while (left := own_pids(state)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(state["temp_dir"], ignore_errors=True)
+    for path in (STATE, ENV):
+        path.unlink(missing_ok=True)
+    return f"Ray is down{f'; {len(left)} processes had to be killed' if left else ''}."
+
+
+def ask(state: dict[str, Any], path: str) -> Any:
+    """Return the head's JSON answer to `path`, the token shown; ends with one line if it does not take it."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN)
+    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.exists() else "")
+    if not token:
+        refuse(f"no token: {file} is missing or empty; set RAY_AUTH_TOKEN_PATH, or run `make down up` for a new one")
+    request = urllib.request.Request(f"{state['url']}{path}", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        refuse(f"Ray at {state['url']} refused the token: {error.read().decode()} (HTTP {error.code})")
+    except OSError as error:
+        refuse(f"Ray at {state['url']} does not answer: {error}")
+
+
+def running_head() -> dict[str, Any]:
+    """Return the state of the head that `up` started; ends with one line unless it answers and takes the token."""
+    state = read_state()
+    if state is None:
+        refuse("Ray is not up; run `make up`")
+    ask(state, "/api/version")
+    return state
+
+
+def submit(module: str, flags: list[str]) -> NoReturn:
+    """Submit `python -m MODULE FLAGS`, follow its log, and exit 0 only if the job succeeded.
+
+    Ctrl-C stops following, not the job. Ray's own exit code is 0 for a stopped job too, so the status is asked for
+    afterwards.
+    """
+    state = running_head()
+    exports = dict(line.removeprefix("export ").split("=", 1) for line in ENV.read_text().splitlines())
+    variables = {key: value.strip("'") for key, value in exports.items()}
+    name = f"{module.rpartition('.')[2]}-{secrets.token_hex(4)}"
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", module]
+    try:
+        code = subprocess.run([*command, *flags], env={**os.environ, **variables}, check=False).returncode
+    except KeyboardInterrupt:
+        ray_job = f". {ENV}; {ray} job"
+        print(f"job {name} goes on without being followed", file=sys.stderr)
+        print(f"follow it again: {ray_job} logs --follow {name}\nstop it: {ray_job} stop {name}", file=sys.stderr)
+        sys.exit(1)
+    final = ask(state, f"/api/jobs/{name}")["status"]
+    print(f"job {name}: {final}")
+    sys.exit(0 if code == 0 and final == "SUCCEEDED" else 1)
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the first argument says."""
+    match arguments:
+        case ["up", *extra]:
+            print(up(extra))
+        case ["down"]:
+            print(down())
+        case ["status"]:
+            state = running_head()
+            print(f"Ray is up at {state['url']} (pid {state['pid']}) and takes the token.")
+        case ["submit", module, *flags]:
+            submit(module, flags)
+        case _:
+            refuse("usage: python -m fashion.cluster.head up | down | status | submit MODULE FLAGS")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

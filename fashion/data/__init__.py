@@ -1,0 +1,1 @@
+"""The data set: found, verified, split, written, read back, and cut into shards."""

@@ -1,0 +1,1 @@
+"""The Parquet reports, the console, and the page."""

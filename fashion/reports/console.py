@@ -1,0 +1,147 @@
+"""What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fashion.cluster.plan import Plan, SearchPlan
+    from fashion.search.search import Found
+    from fashion.search.space import SearchConfig
+    from fashion.storage import Storage
+
+BEST_TRIALS = 8
+
+# The article's table for the same network; its test loss turns upward after epoch 10.
+PUBLISHED = {
+    "train_accuracy": 0.9684,
+    "train_loss": 0.0909,
+    "test_accuracy": 0.9304,
+    "test_loss": 0.2591,
+}
+
+
+def print_plan(run_id: str, storage: str, plan: "Plan") -> None:
+    """Print what will run where."""
+    print(f"run        {run_id}\nstorage    {storage}")
+    print("\n".join(plan.lines()), flush=True)
+
+
+def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was_finished: bool) -> None:
+    """Print a finished run: the published four numbers beside its own, its speed, and where things lie."""
+    if was_finished:
+        print(f"run {run_id} is finished already; nothing to do")
+    table = Table(title=f"{run_id} on {row['dataset']}")
+    for name, side in (("", "left"), ("published", "right"), ("this run", "right")):
+        table.add_column(name, justify="right" if side == "right" else "left")
+    for key, published in PUBLISHED.items():
+        table.add_row(key.replace("_", " "), f"{published:.4f}", f"{row[key]:.4f}")
+    held_out = row["val_accuracy"] is not None
+    table.add_row("val accuracy", "", f"{row['val_accuracy']:.4f}" if held_out else "trained on")
+    table.add_row("best epoch", "", f"{row['best_epoch']} of {row['epochs_done']}")
+    Console(width=100).print(table)
+    if row["dataset"].endswith("synthetic"):
+        print("NOTE: trained on the drawn stand-in, not on Fashion-MNIST; the numbers are not comparable.")
+    print(
+        f"{row['wall_s']:.0f} s in all, {row['images_per_s']:.0f} images/s, {row['world_size']} worker(s) on "
+        f"{row['device']}, {row['precision']}; test counted {row['test_rows']} rows"
+    )
+    for name, path in paths.items():
+        print(f"{name}: {path}")
+
+
+def print_search_plan(search_id: str, storage: str, plan: "SearchPlan") -> None:
+    """Print what a search will run where."""
+    print(f"search     {search_id}\nstorage    {storage}")
+    print("\n".join(plan.lines()), flush=True)
+
+
+def print_search(search_id: str, config: "SearchConfig", found: "Found", storage: "Storage") -> None:
+    """Print a search's best trials, what stopping early has saved, the refitted winner, and where things lie."""
+    if found.was_finished:
+        print(f"search {search_id} is finished already; nothing to do")
+    names = config.searched()
+    table = Table(title=f"{search_id}: the best of {len(found.trials)} trials")
+    for name in ("trial", "status", *names, "epochs", "best epoch", "val accuracy", "val loss"):
+        table.add_column(name, justify="left" if name in ("trial", "status") else "right")
+    for trial in found.trials[:BEST_TRIALS]:
+        best = trial.best or {}
+        figures = [f"{best[name]:.4f}" if name in best else "-" for name in ("val_accuracy", "val_loss")]
+        settings = [shorten(trial.settings.get(name)) for name in names]
+        epochs = (str(len(trial.history)), str(best.get("epoch", "-")))
+        table.add_row(trial.trial_id, trial.status, *settings, *epochs, *figures)
+    Console(width=120).print(table)
+    print_spent(config, found)
+    if found.refit is not None:
+        print_result(found.refit.run_id, found.refit.row, found.refit.paths, was_finished=found.refit.was_finished)
+    print(f"search: {storage.show('searches', search_id)}\nreports: {storage.show('reports', 'trials')}")
+
+
+def print_spent(config: "SearchConfig", found: "Found") -> None:
+    """Print how trials ended, and the epochs that they took against those of full trials."""
+    counts = Counter(trial.status for trial in found.trials)
+    spent, full = sum(len(trial.history) for trial in found.trials), config.max_epochs * len(found.trials)
+    print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    print(f"{spent} epochs trained, {spent / full:.0%} of the {full} that full trials would have cost")
+
+
+def shorten(value: Any) -> str:
+    """Write a setting in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def print_study(part: str, rows: list[dict[str, Any]]) -> None:
+    """Print the `study` rows of a part: what each arm reaches, and its difference to the first, in points."""
+    first = rows[0]
+    sizes = f"{first['seeds']} seed(s), {first['epochs']} epochs of {first['train_rows']} rows"
+    table = Table(title=f"{part}: {sizes}, preset {first['preset']}; differences to {first['arm']} in points")
+    for name in ("arm", "val", "test", "val difference", "test difference", "only arm : only base", "p", "turns at"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        reached = [with_spread(row[f"{split}_accuracy"], row[f"{split}_accuracy_std"]) for split in ("val", "test")]
+        compared = [""] * 4
+        if row["baseline"] is not None:
+            compared = [points(row, split) for split in ("val", "test")]
+            compared += [f"{row['only_arm_right']} : {row['only_baseline_right']}", f"{row['mcnemar_p']:.2g}"]
+        table.add_row(row["arm"], *reached, *compared, f"{row['turning_epoch']:g}")
+    Console(width=140).print(table)
+
+
+def with_spread(mean: float | None, deviation: float | None) -> str:
+    """Write an accuracy with its standard deviation; '-' for none."""
+    return "-" if mean is None else f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
+def points(row: dict[str, Any], split: str) -> str:
+    """Write a difference of accuracies and its interval in percentage points; '-' for none."""
+    mean, low, high = (row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return "-"
+    return f"{100 * mean:+.2f}" + ("" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")
+
+
+def print_classes(classes: list[dict[str, Any]]) -> None:
+    """Print the `classes` rows as a table."""
+    table = Table()
+    for name in ("class", "precision", "recall", "f1", "support"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for row in classes:
+        figures = [f"{row[name]:.4f}" for name in ("precision", "recall", "f1")]
+        table.add_row(row["name"], *figures, str(row["support"]))
+    Console(width=100).print(table)
+
+
+def print_bench(rows: list[dict[str, Any]]) -> None:
+    """Print the `bench` rows as a table."""
+    table = Table()
+    for name in ("row", "ours", "reference", "unit", "ratio (min to max)", "target", "met"):
+        table.add_column(name, justify="left" if name in ("row", "unit") else "right")
+    for row in rows:
+        spread = f"{row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f}, n={row['repeats']})"
+        sides = (f"{row['ours']:.1f}", f"{row['reference']:.1f}")
+        # A row that aims at nothing meets nothing.
+        judged = (f"{row['target']:g}", "yes" if row["met"] else "no") if row["target"] else ("", "")
+        table.add_row(row["row"], *sides, row["unit"], spread, *judged)
+    Console(width=120).print(table)

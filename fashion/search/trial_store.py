@@ -1,0 +1,266 @@
+"""What a search has learned, kept in the reports: a row per trial, its epochs, its run. Knows neither Ray nor torch.
+
+The rows are all that a search needs to go on: they appear as trials start, report and end, each as a whole.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from fashion.config import TrainConfig, UserError, check_run_id, flag, parse_object, require
+from fashion.reports import tables as report
+from fashion.search.space import SearchConfig
+from fashion.storage import Storage
+from fashion.training.metrics import Metrics, checkpoint_score, epoch_rows, from_rows, summarise
+
+STATE_FILE = "search.json"
+STATE_VERSION = 2
+ENDED = ("completed", "stopped", "diverged", "error")
+RUN_STATUS = {"stopped": "completed", "error": "failed"}
+"""How the `runs` table calls a trial's status, where it has another word."""
+
+
+def name_of(number: int) -> str:
+    """Return the name of trial `number`, counted from 0: the same in every life of a search."""
+    return f"t{number:04d}"
+
+
+def run_id_of(search_id: str, trial_id: str) -> str:
+    """Return the id under which a trial's rows stand in all tables."""
+    return f"{search_id}-{trial_id}"
+
+
+@dataclass
+class Trial:
+    """A trial so far."""
+
+    trial_id: str
+    settings: dict[str, Any]
+    status: str = "running"
+    error: str | None = None
+    started_at: datetime | None = None
+    wall_s: float = 0.0
+    history: list[Metrics] = field(default_factory=list)
+    """Metrics of each epoch, as `fit.Run` gives them, with what the process knows of itself."""
+
+    @property
+    def best(self) -> Metrics | None:
+        """Metrics of the best epoch."""
+        return max(self.history, key=checkpoint_score, default=None)
+
+    @property
+    def score(self) -> float:
+        """What trials are ranked by; failed ones come last."""
+        best = self.best
+        return -1.0 if best is None or self.status in ("diverged", "error") else checkpoint_score(best)
+
+
+class Ledger:
+    """All trials of one search: read from the reports at the start, written as they change. One writer at a time."""
+
+    def __init__(
+        self, storage: Storage, search_id: str, config: SearchConfig, identity: dict[str, Any], base: dict[str, Any]
+    ) -> None:
+        """Read what earlier lives left. `identity` holds the `runs` columns that all trials share, `base` the settings
+        that are not searched.
+        """
+        self.config = config
+        self._storage = storage
+        self._search_id = search_id
+        self._identity = identity
+        self._base = base
+        present = storage.list(report.REPORTS_FOLDER, "trials")
+        names = [name_of(number) for number in range(config.num_samples)]
+        self.trials = {name: self._read(name) for name in names if f"run_id={self._run_id(name)}" in present}
+
+    def _run_id(self, trial_id: str) -> str:
+        return run_id_of(self._search_id, trial_id)
+
+    def _read(self, trial_id: str) -> Trial:
+        run_id = self._run_id(trial_id)
+        run = report.load_run(self._storage, run_id)
+        try:
+            row = report.read_table(self._storage, "trials", run_id)[0]
+            settings = parse_object(row["settings_json"] or "")
+            history = from_rows(report.read_table(self._storage, "epochs", run_id))
+        except (ValueError, IndexError) as error:
+            raise UserError(f"the reports of {run_id} are damaged ({error}); start another search") from error
+        facts = {name: run[name] for name in report.FACTS}
+        return Trial(
+            trial_id,
+            settings,
+            row["status"],
+            row["error"],
+            run["started_at"],
+            row["wall_s"] or 0.0,
+            [facts | metrics for metrics in history],
+        )
+
+    # --- what is to be done -------------------------------------------------------------------------------------------
+
+    def unfinished(self) -> list[Trial]:
+        """Return the trials that an earlier life began and did not end, in the order in which they were drawn."""
+        return [trial for trial in self.trials.values() if trial.status not in ENDED]
+
+    def untouched(self) -> list[int]:
+        """Return the numbers of the trials that nobody began."""
+        return [number for number in range(self.config.num_samples) if name_of(number) not in self.trials]
+
+    def judged(self) -> Iterator[tuple[Trial, list[Metrics]]]:
+        """Yield each trial with the epochs that a scheduler has surely decided on, oldest trial first.
+
+        An unfinished trial's last epoch may have been written without being acted on: the trial reports it again.
+        """
+        for trial in sorted(self.trials.values(), key=lambda trial: trial.trial_id):
+            yield trial, trial.history if trial.status in ENDED else trial.history[:-1]
+
+    def ranked(self) -> list[Trial]:
+        """Return all trials, best first."""
+        return sorted(self.trials.values(), key=lambda trial: (-trial.score, trial.trial_id))
+
+    # --- what becomes of it -------------------------------------------------------------------------------------------
+
+    def start(self, trial_id: str, settings: dict[str, Any]) -> None:
+        """Write down that a trial runs, for the first time or again."""
+        trial = self.trials.setdefault(trial_id, Trial(trial_id, settings, started_at=datetime.now(UTC)))
+        self._write(trial)
+
+    def add_epoch(self, trial_id: str, metrics: Metrics, seconds: float) -> None:
+        """Write down an epoch; reported again, it takes the place of the earlier one and of all after it."""
+        trial = self.trials[trial_id]
+        trial.history = [*trial.history[: int(metrics["epoch"]) - 1], metrics]
+        trial.wall_s += seconds
+        rows = [row for each in trial.history for row in epoch_rows(each)]
+        report.write_table(self._storage, "epochs", self._run_id(trial_id), rows)
+        self._write(trial)
+
+    def end(self, trial_id: str, status: str, error: str | None = None) -> None:
+        """Write down how a trial ended, its epochs included: they may be those of an earlier life."""
+        trial = self.trials[trial_id]
+        trial.status, trial.error = status, error
+        self._write(trial)
+
+    def _write(self, trial: Trial) -> None:
+        """Write the trial's rows; that in `trials` goes last, since a search finds its trials there."""
+        report.write_table(self._storage, "runs", self._run_id(trial.trial_id), [self._run_row(trial)])
+        report.write_table(self._storage, "trials", self._run_id(trial.trial_id), [self._trial_row(trial)])
+
+    def _run_row(self, trial: Trial) -> dict[str, Any]:
+        ended = trial.status in ENDED
+        latest = trial.history[-1] if trial.history else {}
+        row = {
+            "kind": "trial",
+            "search_id": self._search_id,
+            "status": RUN_STATUS.get(trial.status, trial.status),
+            "error": trial.error,
+            "started_at": trial.started_at,
+            "finished_at": datetime.now(UTC) if ended else None,
+            "wall_s": trial.wall_s,
+            "config_json": json.dumps(self._base | trial.settings, sort_keys=True),
+        }
+        facts = {name: latest.get(name) for name in report.FACTS}
+        return (
+            self._identity
+            | row
+            | facts
+            | (summarise(trial.history, int(trial.best["epoch"])) if trial.best else {"epochs_done": 0})
+        )
+
+    def _trial_row(self, trial: Trial) -> dict[str, Any]:
+        epochs_done = len(trial.history)
+        best = trial.best or {}
+        columns = report.SCHEMAS["trials"]
+        reached = [rung for rung in self.config.rungs if rung <= epochs_done]
+        return {
+            "search_id": self._search_id,
+            "trial_id": trial.trial_id,
+            "status": trial.status,
+            "error": trial.error,
+            **{name: fitting(columns.field(name).type, value) for name, value in trial.settings.items()},
+            "settings_json": json.dumps(trial.settings),
+            "max_epochs": self.config.max_epochs,
+            "epochs_done": epochs_done,
+            "rung": reached[-1] if reached else None,
+            "best_epoch": best.get("epoch"),
+            "val_loss": best.get("val_loss"),
+            "val_accuracy": best.get("val_accuracy"),
+            "last_val_accuracy": trial.history[-1]["val_accuracy"] if trial.history else None,
+            "wall_s": trial.wall_s,
+        }
+
+
+def fitting(kind: pa.DataType, value: Any) -> Any:
+    """Return `value` if a column of `kind` holds it, else None: what a user planted may be anything."""
+    try:
+        return pa.scalar(value, kind).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+
+
+# --- what identifies a search -----------------------------------------------------------------------------------------
+
+
+def state_place(search_id: str) -> tuple[str, ...]:
+    """Return where a search keeps its settings."""
+    return (report.SEARCHES_FOLDER, search_id, STATE_FILE)
+
+
+def write_state(
+    storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig, identity: dict[str, Any]
+) -> None:
+    """Write down what the search is, before its first trial."""
+    state = {
+        "state_version": STATE_VERSION,
+        "search": config.to_dict(),
+        "base": base.to_dict(),
+        **{name: identity[name] for name in ("dataset", "dataset_sha256", "source_hash")},
+    }
+    storage.write_bytes(json.dumps(state, indent=2).encode(), *state_place(search_id))
+
+
+def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
+    """Return what `write_state` wrote; raises `UserError` if there is no such search, or its file is damaged."""
+    check_run_id(search_id, name="--search-id")
+    place = state_place(search_id)
+    require(storage.exists(*place), f"--search-id {search_id} does not exist in {storage.uri}; leave out --resume")
+    try:
+        state = parse_object(storage.read_bytes(*place))
+        version = state["state_version"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{storage.show(*place)} is damaged ({error}); start another search") from error
+    require(version == STATE_VERSION, f"{storage.show(*place)} has version {version}, expected {STATE_VERSION}")
+    return state
+
+
+def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, TrainConfig]:
+    """Return what a search was started with; raises `UserError` as `read_state` does."""
+    state = read_state(storage, search_id)
+    try:
+        return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
+    except (ValueError, KeyError) as error:
+        place = storage.show(*state_place(search_id))
+        raise UserError(f"{place} is damaged ({error}); start another search") from error
+
+
+def check_new_search(storage: Storage, search_id: str) -> None:
+    """Raise `UserError` if a search of that name has left anything."""
+    require(
+        not storage.exists(report.SEARCHES_FOLDER, search_id),
+        f"--search-id {search_id} exists already in {storage.uri}; add --resume to continue it, or name another",
+    )
+
+
+def check_same_search(storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig) -> None:
+    """Raise `UserError` naming each setting in which a resumed search differs from the stored one."""
+    asked = {**base.to_dict(), **config.to_dict()}
+    stored_config, stored_base = stored_settings(storage, search_id)
+    stored = {**stored_base.to_dict(), **stored_config.to_dict()}
+    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+    require(
+        not differing,
+        f"--resume {search_id} was given other settings: {', '.join(differing)}; leave them out, or start a new search",
+    )

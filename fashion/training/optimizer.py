@@ -1,0 +1,129 @@
+"""Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch, config and model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashion.config import TrainConfig
+from fashion.model.network import LearnedConv2d
+
+MOMENTUM = 0.9
+# Muon's customary rate is 0.02; with AdamW's 1.5e-3 for the other parameters, chosen on val, that is this ratio.
+LR_RATIO = 0.02 / 1.5e-3
+# Coefficients of the quintic iteration and its five steps: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# Rows that are orthogonalised together. The work grows with their square, and the step of the widest convolution (256
+# filters) took as long as that of all others together twice over; in two halves it takes two fifths.
+BLOCK_ROWS = 128
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Return roughly the nearest semi-orthogonal matrix to `matrix` (m, n): same singular vectors, values near 1.
+
+    Each step multiplies by a polynomial P of the Gram matrix G = X X^T, and the next Gram matrix is P G P. So the
+    polynomials are multiplied first, all of them m x m, and X once at the end: about half the work for a convolution
+    (m = 128, n = 1152), and the same to rounding.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x: Tensor = wide / (wide.norm() + 1e-7)
+    gram = x @ x.T
+    product = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
+    x = product @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that groups with `muon: True` are moved along their orthogonalised momentum.
+
+    A convolution's weight (out, in, 3, 3) counts as a matrix (out, in * 9), in blocks of up to `BLOCK_ROWS` filters.
+    A block's step has singular values near `LR_RATIO` times the learning rate, so that one learning rate serves both
+    kinds of parameters.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update all groups; gradients of Muon's groups are used up."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            if not group.get("muon"):
+                continue
+            for weight in group["params"]:
+                self._move(weight, group["lr"], group["weight_decay"])
+                # AdamW skips what has no gradient, so the rest of the step passes this weight by.
+                weight.grad = None
+        return super().step()
+
+    def _move(self, weight: Tensor, lr: float, weight_decay: float) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "every convolution takes part in every step"
+        state = self.state[weight]
+        if "momentum" not in state:
+            state["step"] = torch.zeros(())  # counted as AdamW counts, whose own loading looks for it
+            state["momentum"] = torch.zeros_like(weight)
+        state["step"] += 1
+        momentum: Tensor = state["momentum"]
+        momentum.mul_(MOMENTUM).add_(gradient)
+        ahead = gradient.add(momentum, alpha=MOMENTUM).reshape(weight.shape[0], -1)
+        blocks = torch.split(ahead, BLOCK_ROWS)
+        update = torch.cat([orthogonalised(block) for block in blocks]).reshape(weight.shape)
+        weight.mul_(1 - LR_RATIO * lr * weight_decay)
+        weight.add_(update, alpha=-LR_RATIO * lr)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`.
+
+    The factors of learned padding are a group of their own, which does not decay: their home is 1, not 0.
+    """
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    factors = [layer.border for layer in model.modules() if isinstance(layer, LearnedConv2d)]
+    undecayed = [{"params": factors, "peak_lr": config.lr, "weight_decay": 0.0}] if factors else []
+    whole: dict[str, Any] = {"params": without(factors, model.parameters()), "peak_lr": config.lr}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([whole, *undecayed], momentum=MOMENTUM, nesterov=True, **options)
+    if config.optimizer != "muon":
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind([whole, *undecayed], **options)
+    # The first convolution has one input channel, a matrix of 32 x 9: nothing to orthogonalise.
+    matrices = [parameter for parameter in whole["params"] if parameter.ndim == 4 and parameter.shape[1] > 1]
+    return Muon(
+        [
+            whole | {"params": without(matrices, whole["params"]), "muon": False},
+            whole | {"params": matrices, "muon": True},
+            *undecayed,
+        ],
+        **options,
+    )
+
+
+def without(left_out: Sequence[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return `parameters` but for those of `left_out`, told by what they are: `==` compares their elements."""
+    known = {id(parameter) for parameter in left_out}
+    return [parameter for parameter in parameters if id(parameter) not in known]
+
+
+def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
+    """Return what `optimizer` keeps for a parameter of each group: name -> whether it has the parameter's shape.
+
+    Seen from an optimizer of the same kind that moves parameters of a single number.
+    """
+    groups = [group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} for group in optimizer.param_groups]
+    for group in groups:
+        group["params"][0].grad = torch.zeros_like(group["params"][0])
+    probe = type(optimizer)(groups)  # type: ignore[call-arg]  # all kinds have defaults for what groups bring
+    probe.step()
+    return [
+        {name: value.ndim > 0 for name, value in probe.state[group["params"][0]].items()}
+        for group in probe.param_groups
+    ]

@@ -1,0 +1,94 @@
+"""A small study for real: every arm over the same seeds, what is done is not done again, and rows that add up."""
+
+import json
+import statistics
+from dataclasses import fields
+
+import pytest
+
+from fashion.ablation import study
+from fashion.ablation.parts import PARTS, Part
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
+from fashion.reports import tables as report
+from fashion.storage import Storage
+
+ARMS = Part(preset="smoke", arms={"plain": {}, "mirrored": {"flip": "alternating", "dropout_fc": 0.1, "tta": "flip"}})
+
+
+def carry_out(storage: Storage, seeds: int) -> list[study.Row]:
+    told: list[str] = []
+    [(name, rows)] = study.carry_out(
+        storage,
+        "few",
+        {"arms": ARMS},
+        study.Size(seeds=seeds, epochs=2, max_train_rows=128),
+        ScaleConfig(num_workers="1"),
+        faults=FaultConfig(),
+        source="auto",
+        announce=lambda run_id, plan: told.append(run_id),
+    )
+    assert name == "arms"
+    assert told == [f"few-arms-{arm}-s{seed}" for seed in range(seeds - 1, seeds) for arm in ARMS.arms], "the new seed"
+    return rows
+
+
+@pytest.mark.ray
+def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, tiny_storage: Storage) -> None:
+    [alone, _] = carry_out(tiny_storage, 1)
+    assert (alone["seeds"], alone["val_accuracy_std"]) == (1, None)
+    rows = carry_out(tiny_storage, 2)
+    assert [(row["arm"], row["baseline"]) for row in rows] == [("plain", None), ("mirrored", "plain")]
+    stored = report.read_table(tiny_storage, "study", "few-arms")
+    assert [row["test_accuracy"] for row in stored] == [row["test_accuracy"] for row in rows]
+    runs = {
+        arm: [report.load_run(tiny_storage, f"few-arms-{arm}-s{seed}") for seed in (0, 1)]
+        for arm in ("plain", "mirrored")
+    }
+    for row in stored:
+        own = runs[row["arm"]]
+        assert [(run["kind"], run["status"], run["epochs_done"]) for run in own] == [("study", "completed", 2)] * 2
+        assert [json.loads(run["config_json"])["seed"] for run in own] == [0, 1]
+        assert row["val_accuracy"] == statistics.fmean(run["val_accuracy"] for run in own)
+        assert row["test_loss_std"] == statistics.stdev(run["test_loss"] for run in own)
+        assert (row["seeds"], row["epochs"], row["train_rows"]) == (2, 2, 128)
+        assert row["turning_epoch"] in (1.0, 1.5, 2.0)
+    mirrored = stored[1]
+    assert json.loads(mirrored["settings_json"]) == ARMS.arms["mirrored"]
+    differences = [runs["mirrored"][k]["val_accuracy"] - runs["plain"][k]["val_accuracy"] for k in (0, 1)]
+    assert mirrored["val_effect"] == pytest.approx(statistics.fmean(differences))
+    assert mirrored["val_effect_low"] <= mirrored["val_effect"] <= mirrored["val_effect_high"]
+    # As many images more has one of them right as it has alone, less those that the other has alone.
+    right = [round(runs[arm][0]["test_accuracy"] * 200) for arm in ("mirrored", "plain")]
+    assert mirrored["only_arm_right"] - mirrored["only_baseline_right"] == right[0] - right[1]
+
+
+def test_every_arm_is_a_recipe_that_can_be_trained() -> None:
+    known = {field.name for field in fields(TrainConfig)}
+    size = study.Size(seeds=1)
+    for name, part in PARTS.items():
+        configs = {arm: study.config_of(part, arm, size, seed=3) for arm in part.arms}
+        assert len(set(configs.values())) == len(configs), f"two arms of {name} are the same"
+        for arm, settings in part.arms.items():
+            assert set(settings) <= known
+            assert configs[arm].seed == 3
+            assert not part.epochs or configs[arm].epochs == part.epochs
+            study.run_id_of("study", name, arm, 99)
+
+
+def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: Storage) -> None:
+    """Its runs would be compared with others of fewer rows. Runs after the study that has the name; the part before
+    that one is new, and is not begun either."""
+    with pytest.raises(UserError, match=r"--study-id few has few-arms-plain-s0 .* --epochs 1 .was 2.*; .*another"):
+        list(
+            study.carry_out(
+                tiny_storage,
+                "few",
+                {"before": ARMS, "arms": ARMS},
+                study.Size(seeds=1, epochs=1, max_train_rows=64),
+                ScaleConfig(num_workers="1"),
+                faults=FaultConfig(),
+                source="auto",
+                announce=lambda run_id, plan: None,
+            )
+        )
+    assert report.find_run(tiny_storage, "few-before-plain-s0") is None

@@ -1,0 +1,96 @@
+"""One driver at a time: claims on a name, on a folder of this machine and on what has no locks."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from pyarrow import fs as pafs
+
+from fashion.cluster.lock import Claim
+from fashion.config import UserError
+from fashion.storage import Storage, open_storage
+
+HOLD = """
+import sys, time
+from fashion.cluster.lock import Claim
+from fashion.storage import open_storage
+with Claim(open_storage(sys.argv[1]), "runs", "mine", "--run-id"):
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def without_locks(storage: Storage) -> Storage:
+    """The same folder through a file system that is not known to be local, as an object store's is."""
+    Path(storage.path("runs", ".claims")).mkdir(parents=True)  # an object store has no folders to make
+    return replace(storage, fs=pafs.SubTreeFileSystem("/", storage.fs))
+
+
+def claim(storage: Storage, name: str = "mine") -> Claim:
+    return Claim(storage, "runs", name, "--run-id", beat_s=0.2)
+
+
+@pytest.mark.parametrize("kind", ["storage", "without_locks"])
+def test_the_second_is_refused_and_told_who_has_it(request: pytest.FixtureRequest, kind: str) -> None:
+    place: Storage = request.getfixturevalue(kind)
+    with claim(place), claim(place, "other"):
+        owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
+        with pytest.raises(UserError, match=owner), claim(place):
+            pass
+    with claim(place):
+        pass
+    assert not place.exists("runs", ".claims", "mine")
+
+
+def test_a_claim_leaves_nothing_behind(storage: Storage) -> None:
+    with claim(storage):
+        pass
+    assert not storage.exists("runs")
+
+
+@pytest.mark.slow
+def test_a_killed_owner_has_no_claim(storage: Storage) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, storage.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "claimed\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} of"), claim(storage):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    with claim(storage):
+        pass
+
+
+def test_a_note_that_nobody_renews_is_no_claim(without_locks: Storage) -> None:
+    left = claim(without_locks)
+    left._write(7)
+    with claim(without_locks):
+        pass
+
+
+def test_of_many_that_come_at_once_one_gets_it(storage: Storage) -> None:
+    outcomes: list[str] = []
+
+    def compete() -> None:
+        try:
+            with claim(open_storage(storage.uri)):
+                outcomes.append("had it")
+                time.sleep(0.5)
+        except UserError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=compete) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["had it"] + ["refused"] * 7

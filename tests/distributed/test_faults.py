@@ -1,0 +1,156 @@
+"""Runs that are really broken: kills at random moments, a worker that stops, a disk that fills up, two at once.
+
+Each is compared to the bit with a run that nothing happened to. `FAULT_KILLS=20` makes as many kills; `FAULT_SEED`
+chooses other moments.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from drivers import Driver, Outcome, assert_unharmed, prepare_small
+
+from fashion.reports import tables as report
+from fashion.storage import Storage, open_storage
+from fashion.training import checkpoint
+from fashion.training.checkpoint_manager import Keeper
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200), pytest.mark.usefixtures("nothing_is_left")]
+
+KILLS = int(os.environ.get("FAULT_KILLS", "3"))
+SEED = int(os.environ.get("FAULT_SEED", "0"))
+
+
+@pytest.fixture
+def storage(small_storage: Storage) -> Storage:
+    return small_storage
+
+
+def age_of_newest(storage: Storage, run_id: str) -> float | None:
+    """Return the seconds since the newest whole checkpoint was begun to be written: what a kill now would cost."""
+    keeper = Keeper(storage, ("runs", run_id), newest=2)
+    name, _ = keeper.newest_whole()
+    if name is None:
+        return None
+    return time.time() - Path(storage.path("runs", run_id, name, checkpoint.WEIGHTS)).stat().st_mtime
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_kill_at_a_random_moment_costs_no_bit(storage: Storage, unbroken: Outcome, number: int) -> None:
+    """A worker that dies is started anew by the run itself; a driver or a node by the same command."""
+    chance, run_id = random.Random(f"{SEED}/{number}"), f"broken-{number}"
+    driver = Driver(storage, run_id)
+    driver.wait_for(driver.workers)
+    kind, moment = ("driver", "worker", "node")[number % 3], chance.uniform(-0.2, 1.0)
+    if moment > 0:  # else they are killed while they start
+        driver.wait_for(lambda: Path(storage.path("runs", run_id)).exists())
+        driver.wait_for(lambda: age_of_newest(storage, run_id) is not None)
+    time.sleep(abs(moment) * seconds_of_training(storage))
+    lost = age_of_newest(storage, run_id)
+    victims = driver.victims(kind, chance)
+    was_over = driver.process.poll() is not None or not victims
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):  # workers that their raylet has taken with it
+            victim.kill()
+    said = driver.wait()
+    if kind == "worker" or was_over:
+        assert driver.process.returncode == 0, said
+    else:
+        assert driver.process.returncode != 0, said
+        again = Driver(storage, run_id)
+        said = again.wait()
+        assert again.process.returncode == 0, said
+    told = [line for line in said.splitlines() if "goes on from" in line]
+    age = "none" if lost is None else f"{lost:.1f} s old"
+    print(f"{number} {kind} at {moment:.2f} of the training, newest checkpoint {age}, {told}", flush=True)
+    assert_unharmed(storage, run_id, unbroken)
+
+
+def seconds_of_training(storage: Storage) -> float:
+    """Return how long the epochs of the unbroken run took."""
+    rows = report.read_table(storage, "epochs", "unbroken")
+    return float(sum(row["epoch_time_s"] for row in rows))
+
+
+def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken: Outcome) -> None:
+    """SIGSTOP: it is alive and does nothing; the rank that waits for it leaves its stacks."""
+    driver = Driver(storage, "stopped", "--hang-timeout-s=8")
+    driver.wait_for(lambda: Keeper(storage, ("runs", "stopped"), newest=2).newest_whole()[0])
+    victim = driver.workers()[0]
+    victim.send_signal(signal.SIGSTOP)
+    said = driver.wait()
+    assert driver.process.returncode == 0, said
+    assert "goes on from checkpoint epoch-" in said
+    left = [storage.read_bytes("runs", "stopped", "stacks", name) for name in storage.list("runs", "stopped", "stacks")]
+    assert any(b"train_one_epoch" in stacks for stacks in left), left
+    assert_unharmed(storage, "stopped", unbroken)
+
+
+@pytest.fixture
+def filling_disk(tmp_path: Path) -> Iterator[Storage]:
+    """A storage on a disk with room for the data and one checkpoint, but not for two."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=180m", "none", str(place)], check=True)
+    yield open_storage(str(place))
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
+    filling_disk: Storage, small_archives: Path, unbroken: Outcome
+) -> None:
+    prepare_small(filling_disk, small_archives)
+    filler = Path(filling_disk.path("filler"))
+    filler.write_bytes(bytes(40_000_000))
+    driver = Driver(filling_disk, "full", "--max-failures=0")
+    said = driver.wait()
+    assert driver.process.returncode == 1, said
+    assert "No space left on device" in said
+    assert report.load_run(filling_disk, "full")["status"] == "failed"
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=600m", filling_disk.uri], check=True)
+    again = Driver(filling_disk, "full")
+    said = again.wait()
+    assert again.process.returncode == 0, said
+    assert_unharmed(filling_disk, "full", unbroken)
+
+
+def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
+    storage: Storage, unbroken: Outcome, tmp_path: Path
+) -> None:
+    """Three hours ahead, in the middle of a run, for all of its processes: a library in front of libc's tells them.
+
+    A second driver of the run, whose clock nobody set, is refused all the same.
+    """
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("needs Linux and a C compiler")
+    library, offset = tmp_path / "clock.so", tmp_path / "offset"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, Path(__file__).with_name("clock.c"), "-ldl"], check=True
+    )
+    driver = Driver(storage, "late", LD_PRELOAD=str(library), CLOCK_OFFSET_FILE=str(offset))
+    driver.wait_for(lambda: Keeper(storage, ("runs", "late"), newest=2).newest_whole()[0])
+    offset.write_text(str(3 * 3600))
+    second = Driver(storage, "late")
+    said = second.wait()
+    assert second.process.returncode == 2, said
+    assert f"error: --run-id late is in use by process {driver.process.pid} of" in said
+    said = driver.wait()
+    assert driver.process.returncode == 0, said
+    row = report.load_run(storage, "late")
+    assert (row["finished_at"] - row["started_at"]).total_seconds() > 3 * 3600, "its clock was not set"
+    assert row["wall_s"] < 600
+    assert all(each["epoch_time_s"] < 600 for each in report.read_table(storage, "epochs", "late"))
+    assert_unharmed(storage, "late", unbroken)

@@ -1,0 +1,216 @@
+"""Several hosts for real: a job's workers on different ones, a search over them, and hosts that die under both."""
+
+import json
+import math
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hosts
+import pytest
+from conftest import ROOT, call_job, wait_for
+from hosts import DASHBOARD, Host, Hosts
+
+import jobs.train
+from fashion.reports import tables as report
+from fashion.storage import Storage
+
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not() or "hosts")]
+
+SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "256")
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Hosts]:
+    """Three hosts with a Ray node of one CPU each."""
+    with hosts.open_cluster(3) as made:
+        yield made
+
+
+@pytest.fixture
+def whole(cluster: Hosts) -> Hosts:
+    """The same, those started again that an earlier test killed."""
+    for host in cluster.hosts:
+        if host.ray is None:
+            cluster.start(host)
+            cluster.wait(host)
+    wait_for(lambda: len(alive(cluster)) == 3, "three nodes")
+    return cluster
+
+
+def ask(cluster: Hosts, path: str) -> Any:
+    """Return the head's JSON answer to `path`, asked where its dashboard is: on its own loopback."""
+    script = f"""
+import os, sys, urllib.request
+token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
+request = urllib.request.Request("{DASHBOARD}{path}", headers={{"Authorization": f"Bearer {{token}}"}})
+sys.stdout.write(urllib.request.urlopen(request, timeout=30).read().decode())
+"""
+    done = cluster.run(cluster.head, "python", "-c", script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def alive(cluster: Hosts) -> dict[str, str]:
+    """Return the nodes that the head takes for alive: address -> id."""
+    nodes = ask(cluster, "/api/v0/nodes?limit=100")["data"]["result"]["result"]
+    return {node["node_ip"]: node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+
+
+def submission(name: str, module: str, *flags: str, settings: Sequence[str] = ()) -> list[str]:
+    """Return the command that submits a job as `fashion.cluster.head` does, with `settings` of Ray, and follows it."""
+    submit = ["ray", "job", "submit", f"--address={DASHBOARD}", f"--submission-id={name}", f"--working-dir={ROOT}"]
+    return [*submit, "--", "env", *settings, "python", "-m", module, *flags]
+
+
+def train_flags(storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS) -> list[str]:
+    """Return the flags of a run."""
+    return ["--storage", storage.uri, "--run-id", run_id, *SMALL, "--num-workers", workers, "--epochs", str(epochs)]
+
+
+def train(cluster: Hosts, storage: Storage, run_id: str) -> subprocess.CompletedProcess[str]:
+    """Submit a run with two workers and wait for it."""
+    return cluster.run(cluster.head, *submission(run_id, "jobs.train", *train_flags(storage, run_id)))
+
+
+def scores(storage: Storage, run_id: str) -> dict[tuple[int, str], tuple[float, float]]:
+    """Return loss and accuracy of each epoch and split."""
+    rows = report.read_table(storage, "epochs", run_id)
+    return {(row["epoch"], row["split"]): (row["loss"], row["accuracy"]) for row in rows}
+
+
+def hosts_of(cluster: Hosts, mark: str) -> set[str]:
+    """Return the names of the hosts with a process whose command line has `mark`."""
+    return {host.name for host in cluster.hosts if any(mark in line for line in cluster.processes(host).values())}
+
+
+def test_every_host_is_one_of_its_own(cluster: Hosts) -> None:
+    names = [cluster.run(host, "hostname").stdout.strip() for host in cluster.hosts]
+    assert names == ["host1", "host2", "host3"]
+    resolved = cluster.run(cluster.head, "getent", "hosts", "host1").stdout.split()
+    assert resolved[0] == "127.0.1.1", "as on Debian: what gloo would take by itself leads nowhere"
+    assert sorted(alive(cluster)) == [host.address for host in cluster.hosts]
+    strange = cluster.run(cluster.hosts[1], "ray", "status", RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
+    assert strange.returncode != 0, "a node that does not know the token is let in"
+
+
+def start(cluster: Hosts, name: str, module: str, *flags: str, settings: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Submit a job and leave it running; its log is a file named after it in the hosts' folder."""
+    log = log_of(cluster, name)
+    return cluster.popen(cluster.head, *submission(name, module, *flags, settings=settings), log=log)
+
+
+def log_of(cluster: Hosts, name: str) -> Path:
+    """Return the file with the output of the job that `start` named so."""
+    return cluster.folder / f"{name}.log"
+
+
+def host_of(cluster: Hosts, mark: str) -> Host:
+    """Return a host, not the head's, that has a process whose command line has `mark`."""
+    names: set[str] = set()
+
+    def found() -> set[str]:
+        names.update(hosts_of(cluster, mark) - {cluster.head.name})
+        return names
+
+    wait_for(found, f"process like {mark}")
+    return next(host for host in cluster.hosts if host.name in names)
+
+
+def num_workers(cluster: Hosts) -> int:
+    """Return how many workers there are on all hosts."""
+    lines = [line for host in cluster.hosts for line in cluster.processes(host).values()]
+    return sum("ray::RayTrainWorker" in line for line in lines)
+
+
+def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
+    spread = train(whole, tiny_storage, "spread")
+    assert spread.returncode == 0, spread.stdout + spread.stderr
+    assert "Job 'spread' succeeded" in spread.stdout
+    assert "3 node(s), 3 CPUs" in spread.stdout
+    local = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
+    assert local.returncode == 0, local.stderr
+    far, near = (report.load_run(tiny_storage, name) for name in ("spread", "local"))
+    assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
+    assert (far["world_size"], far["status"], far["test_rows"]) == (2, "completed", 200)
+    assert scores(tiny_storage, "spread") == scores(tiny_storage, "local")
+    assert far["test_loss"] == near["test_loss"]
+
+
+def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: Storage) -> None:
+    """Its cable is pulled: its worker lives on, and nobody hears of it. After the unbroken run it is compared with."""
+    job = start(whole, "cut-off", "jobs.train", *train_flags(tiny_storage, "cut-off"))
+    wait_for(lambda: report.read_table(tiny_storage, "epochs", "cut-off"), "first epoch")
+    lost = host_of(whole, "ray::RayTrainWorker")
+    whole.cut(lost)
+    assert job.wait(300) == 0, log_of(whole, "cut-off").read_text()
+    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread"), "the same bits as without the accident"
+    whole.mend(lost)
+    wait_for(lambda: not whole.processes(lost), "end of what was cut off")
+    whole.kill(lost)
+
+
+def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, tiny_storage: Storage) -> None:
+    """The notice that a cloud gives of a spot machine: checkpoints come of epochs' ends and of the notice alone."""
+    flags = [*train_flags(tiny_storage, "warned"), "--global-batch-size=8", "--checkpoint-every-s=1000000"]
+    watched = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S=1")
+    job = start(whole, "warned", "jobs.train", *flags, settings=watched)
+    wait_for(lambda: report.read_table(tiny_storage, "epochs", "warned"), "first epoch")
+    lost = host_of(whole, "ray::RayTrainWorker")
+    drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
+    done = whole.run(whole.head, "ray", "drain-node", "--node-id", alive(whole)[lost.address], *drain, "15")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for(lambda: any("-step-" in name for name in tiny_storage.list("runs", "warned")), "checkpoint in an epoch")
+    assert job.wait(300) == 0, log_of(whole, "warned").read_text()
+    assert report.load_run(tiny_storage, "warned")["epochs_done"] == EPOCHS
+    whole.kill(lost)
+
+
+def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
+    epochs = 16
+    flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]
+    job = start(whole, "elastic", "jobs.train", *flags)
+    wait_for(lambda: report.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
+    assert num_workers(whole) == 2
+    for host in whole.hosts[1:]:
+        whole.kill(host)
+    wait_for(lambda: num_workers(whole) == 1, "worker on the host that is left")
+    whole.start(whole.hosts[1])
+    whole.wait(whole.hosts[1])
+    wait_for(lambda: num_workers(whole) == 2, "second worker")
+    assert job.wait(300) == 0, log_of(whole, "elastic").read_text()
+    row = report.load_run(tiny_storage, "elastic")
+    assert (row["status"], row["epochs_done"], row["world_size"]) == ("completed", epochs, 2)
+    rows = report.read_table(tiny_storage, "epochs", "elastic")
+    fixed = call_job(jobs.train.main, *train_flags(tiny_storage, "fixed", epochs=epochs))
+    assert fixed.returncode == 0, fixed.stderr
+    accuracies = [report.load_run(tiny_storage, name)["test_accuracy"] for name in ("elastic", "fixed")]
+    print("test accuracy: elastic {:.4f}, fixed {:.4f}".format(*accuracies))
+    assert abs(accuracies[0] - accuracies[1]) < 3 * math.sqrt(2 * accuracies[1] * (1 - accuracies[1]) / 200)
+    assert {each["rows"] for each in rows if each["split"] == "train"} == {256}, "each epoch has all its rows"
+    assert [each["epoch"] for each in rows if each["split"] == "val"] == list(range(1, epochs + 1))
+
+
+def test_a_trials_workers_are_on_different_hosts(whole: Hosts, tiny_storage: Storage) -> None:
+    search = ["--search-id", "wide", "--num-samples", "1", "--max-epochs", "1", "--workers-per-trial", "2"]
+    job = start(whole, "wide", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
+    wait_for(lambda: len(hosts_of(whole, "ray::RayTrainWorker")) == 2, "workers on two hosts")
+    assert job.wait(300) == 0, log_of(whole, "wide").read_text()
+    [row] = report.read_table(tiny_storage, "trials", "wide-t0000")
+    assert (row["status"], row["epochs_done"]) == ("completed", 1)
+    assert report.load_run(tiny_storage, "wide-t0000")["exchange"] == "gloo"
+
+
+def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: Storage) -> None:
+    search = ["--search-id", "sought", "--num-samples", "4", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
+    job = start(whole, "sought", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
+    wait_for(lambda: len(hosts_of(whole, "ray::ImplicitFunc.train")) > 1, "trials on two hosts")
+    whole.kill(host_of(whole, "ray::ImplicitFunc.train"))
+    assert job.wait(300) == 0, log_of(whole, "sought").read_text()
+    for number in range(4):
+        [row] = report.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
+        assert (row["status"], row["epochs_done"]) == ("completed", 2)
+    refit = report.load_run(tiny_storage, "sought-refit")
+    assert (refit["kind"], refit["status"], refit["test_rows"]) == ("refit", "completed", 200)

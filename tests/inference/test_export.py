@@ -1,0 +1,123 @@
+"""A network that is handed on: it predicts elsewhere what it predicts here, or is not handed on at all."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_refused, call_job, real_source
+from safetensors.torch import load_file
+
+from fashion.config import ScaleConfig, TrainConfig
+from fashion.data import prepare as data
+from fashion.distributed import trainer
+from fashion.inference import export
+from fashion.reports import tables as report
+from fashion.storage import Storage, open_storage
+from fashion.training.checkpoint import MANIFEST, WEIGHTS, manifest_of
+from jobs import evaluate
+
+OUTSIDE = """
+import gzip, json, sys
+import torch
+
+assert "fashion" not in sys.modules
+model, archive = sys.argv[1:]
+with gzip.open(archive) as file:
+    pixels = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
+classify = torch.export.load(model).module()
+with torch.no_grad():
+    logits = torch.cat([classify(pixels[at:at + 1000]) for at in range(0, len(pixels), 1000)])
+    alone = torch.cat([classify(pixels[at:at + 1]) for at in range(20)])
+assert torch.allclose(alone, logits[:20], atol=0.05), "an image is classified by itself"
+print(json.dumps(logits.argmax(1).tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_test(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with all rows of the real test split, or of its stand-in."""
+    storage = open_storage(str(tmp_path_factory.mktemp("exported")))
+    data.prepare(storage, real_source(), val_rows=100)
+    return storage
+
+
+@pytest.mark.ray
+def test_the_program_predicts_what_the_checkpoint_does(ray_cluster: None, whole_test: Storage, tmp_path: Path) -> None:
+    """All test images, by a process that knows nothing of this project."""
+    config = TrainConfig(preset="smoke", epochs=1, max_train_rows=1024, global_batch_size=32)
+    row = trainer.train(whole_test, "whole", config, ScaleConfig(num_workers="2"), source=real_source()).row
+    folder = tmp_path / "model"
+    flags = ["--storage", whole_test.uri, "--run-id", "whole", "--split", "val", "--export", str(folder)]
+    done = call_job(evaluate.main, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"exported: {folder}" in done.stdout
+    assert sorted(os.listdir(folder)) == sorted([export.PROGRAM, export.CARD, WEIGHTS, MANIFEST])
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    assert json.loads((folder / MANIFEST).read_text()) == json.loads(manifest_of(files))
+
+    archive = archive_of_test(tmp_path)
+    command = [sys.executable, "-I", "-c", OUTSIDE, str(folder / export.PROGRAM), str(archive)]
+    outside = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert outside.returncode == 0, outside.stderr
+    predictions = [each for each in report.read_table(whole_test, "predictions", "whole") if each["split"] == "test"]
+    assert [each["index"] for each in predictions] == list(range(10_000))
+    assert json.loads(outside.stdout) == [each["predicted"] for each in predictions]
+    assert len({each["predicted"] for each in predictions}) > 3, "it learned something"
+
+    weights = load_file(folder / WEIGHTS)
+    assert sum(weights[name].numel() for name in weights if "pixel" not in name) == row["num_parameters"]
+    card = (folder / export.CARD).read_text()
+    for told in (row["dataset_sha256"], f"{row['test_accuracy']:.4f}", f"{row['val_loss']:.4f}", "| `lr` | 0.0015 |"):
+        assert told in card, told
+
+
+def archive_of_test(folder: Path) -> Path:
+    """Return the archive of the test images."""
+    source = real_source()
+    if source != "synthetic":
+        return Path(source) / "t10k-images-idx3-ubyte.gz"
+    from fashion.data import synthetic
+
+    synthetic.write_archives(folder)
+    return folder / "t10k-images-idx3-ubyte.gz"
+
+
+def test_where_it_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    for place, told in {
+        "full": "is not empty; name another folder",
+        "file": "is a file; name a folder",
+        "none/deeper": "does not exist; make it first",
+        "file/deeper": "does not exist; make it first",
+    }.items():
+        flags = ["--storage", str(tmp_path), "--run-id", "a", "--export", str(tmp_path / place)]
+        assert_refused(call_job(evaluate.main, *flags), told)
+    assert_refused(
+        call_job(evaluate.main, "--storage", str(tmp_path), "--run-id", "a", "--export", "s3://bucket/model"),
+        "is a URI; name a folder of this machine",
+    )
+    (tmp_path / "empty").mkdir()
+    for good in ("empty", "new"):
+        assert export.check_destination(str(tmp_path / good)) == tmp_path / good
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
+
+
+@pytest.mark.parametrize(("images", "tta"), [(1, "none"), (7, "flip")])
+def test_any_number_of_images_fits(images: int, tta: str) -> None:
+    from fashion.training.run import build_model
+
+    torch.manual_seed(0)
+    classifier = export.Classifier(build_model(TrainConfig(), 0.3, 0.4), "fp32", tta).eval()
+    loaded = torch.export.load(io.BytesIO(export.program(classifier))).module()
+    batch = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batch), classifier(batch))
+        mirrored = torch.allclose(loaded(batch), loaded(batch.flip(-1)), atol=1e-5)
+    assert mirrored == (tta == "flip")

@@ -1,0 +1,112 @@
+"""What `make` hands to the commands: variables become flags, the stand-in is named where it is taken.
+
+`RUN=echo` prints the commands in place of running them; nothing is set up.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run make without the user's own variables."""
+    command = ["make", "--no-print-directory", "-o", ".venv/.installed", *arguments]
+    variables = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=60, check=False)
+
+
+def commands(*arguments: str, **environment: str) -> list[list[str]]:
+    """Return the words of each command that make would run."""
+    done = make("RUN=echo", "STORAGE=/s", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+TRAIN = ["jobs.train", "--storage", "/s", "--num-workers", "2"]
+EVALUATE = ["jobs.evaluate", "--storage", "/s", "--run-id", "a", "--split", "test"]
+LINES = {
+    "train": TRAIN,
+    "train RUN_ID=a LR=0.1 SOURCE=synthetic": [*TRAIN, "--run-id", "a", "--lr", "0.1", "--source", "synthetic"],
+    "train ARGS=--resume NUM_WORKERS=1:2": [*TRAIN[:-1], "1:2", "--resume"],
+    "evaluate RUN_ID=a EXPORT=/model": [*EVALUATE, "--num-workers", "2", "--export", "/model"],
+    "prepare": ["jobs.prepare", "--storage", "/s"],
+    "prepare SOURCE=synthetic VAL_ROWS=100 SEED=1": [
+        *("jobs.prepare", "--storage", "/s"),
+        *("--source", "synthetic", "--val-rows", "100", "--seed", "1"),
+    ],
+    "evaluate RUN_ID=a CPUS_PER_WORKER=0.5 USE_GPU=no ARGS=--x": [
+        *(*EVALUATE, "--num-workers", "2", "--cpus-per-worker", "0.5", "--use-gpu", "no", "--x"),
+    ],
+    "bench CPUS_PER_WORKER=0.5 USE_GPU=no ARGS=--x": [
+        *("jobs.bench", "--storage", "/s", "--num-workers", "2", "--cpus-per-worker", "0.5", "--use-gpu", "no", "--x"),
+    ],
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_variables_become_flags(line: str) -> None:
+    assert commands(*line.split()) == [LINES[line]]
+
+
+@pytest.mark.parametrize(
+    ("named", "variable", "expected"),
+    [
+        ("", "", []),
+        ("", "fashion", ["--source", str(ROOT / "fashion")]),
+        ("", "synthetic", ["--source", "synthetic"]),
+        ("", "/nowhere", ["--source", "/nowhere"]),
+        ("auto", "fashion", ["--source", "auto"]),
+        ("fashion", "", ["--source", str(ROOT / "fashion")]),
+    ],
+)
+def test_a_submitted_job_is_given_one_source_and_a_folder_in_full(
+    named: str, variable: str, expected: list[str]
+) -> None:
+    """It runs in another folder, without this shell's variables."""
+    (words,) = commands("submit-train", f"SOURCE={named}", FASHION_MNIST_SOURCE=variable)
+    assert words == ["fashion.cluster.head", "submit", *TRAIN, *expected]
+
+
+def test_evaluate_asks_for_a_run() -> None:
+    done = make("evaluate", "RUN=echo")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[0] == "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A script in place of Python that answers as `jobs.prepare` does and prints every other command."""
+    script = tmp_path / "run"
+    script.write_text('#!/bin/sh\n[ $1 = jobs.prepare ] && { echo "$TOLD"; echo "$@" >&2; exit $CODE; }; echo "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source"), [("fashion-mnist", ""), ("fashion-mnist-synthetic", " --source synthetic")]
+)
+def test_quickstart_trains_on_what_was_prepared(prepared: Path, tmp_path: Path, dataset: str, source: str) -> None:
+    told = f"prepared: {dataset}, 55000 train, 5000 val, 10000 test rows"
+    out = tmp_path / "page.html"
+    done = make("quickstart", f"RUN={prepared}", "STORAGE=/s", "RUN_ID=a", f"OUT={out}", TOLD=told, CODE="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        told,
+        f"{' '.join(TRAIN)} --run-id a --epochs 1{source}",
+        "jobs.evaluate --storage /s --run-id a --split val --num-workers 2",
+        f"jobs.report --storage /s --out {out}",
+    ]
+    assert done.stderr.splitlines() == ["jobs.prepare --storage /s --or-synthetic"]
+
+
+def test_quickstart_ends_where_preparing_fails(prepared: Path) -> None:
+    done = make("quickstart", f"RUN={prepared}", "STORAGE=/s", TOLD="", CODE="2")
+    assert done.returncode == 2
+    assert done.stdout.strip() == ""

@@ -1,0 +1,561 @@
+"""The report page: figures say what the rows say; the page is whole, safe and needs no network."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_job
+
+from fashion.config import UserError
+from fashion.data import prepare as data
+from fashion.reports import tables as report
+from fashion.reports.page import drawing as draw
+from fashion.reports.page import figures
+from fashion.reports.page import sections as plots
+from fashion.storage import Storage, open_storage
+from jobs.report import main
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+NASTY = "</script><img src=x onerror=alert(1)>"
+START = datetime(2026, 11, 20, 8, tzinfo=UTC)
+RUNGS = (1, 2, 4)
+FULL = 6
+
+
+# --- sample reports -----------------------------------------------------------------------------------------------
+
+
+def write_run(storage: Storage, run_id: str, last: int, turn: int, **other: Any) -> None:
+    """Write a run of `last` epochs whose val loss is lowest at `turn`."""
+    rows: list[dict[str, Any]] = []
+    for epoch in range(1, last + 1):
+        val_loss = 0.24 + 0.4 / (epoch + 1) ** 2 + 0.012 * max(0, epoch - turn)
+        train_loss = 0.5 / epoch**0.7
+        rows += [
+            {"epoch": epoch, "split": "train", "loss": train_loss, "accuracy": 1 - 0.4 * train_loss, "rows": 55000},
+            {"epoch": epoch, "split": "val", "loss": val_loss, "accuracy": 1.02 - 0.4 * val_loss, "rows": 5000},
+        ]
+    report.write_table(storage, "epochs", run_id, rows)
+    row = {
+        "kind": "train",
+        "status": "completed",
+        "started_at": START,
+        "finished_at": START + timedelta(minutes=50),
+        "wall_s": 3000.0,
+        "dataset": "fashion-mnist",
+        "dataset_sha256": "0" * 64,
+        "source_hash": "abcdef0123456789" * 4,
+        "preset": "default",
+        "config_json": json.dumps({"lr": 0.0015, "epochs": last}),
+        "world_size": 2,
+        "device": "cpu",
+        "precision": "bf16",
+        "epochs_done": last,
+        "best_epoch": turn,
+        "train_loss": 0.12,
+        "train_accuracy": 0.96,
+        "val_loss": 0.25,
+        "val_accuracy": 0.92,
+        "test_loss": 0.2,
+        "test_accuracy": 0.93,
+        "images_per_s": 312.5,
+        "peak_memory_bytes": 1_500_000_000,
+        "hardware": "a laptop, 2 cores",
+    }
+    report.write_table(storage, "runs", run_id, [row | other])
+
+
+def write_predictions(storage: Storage, run_id: str, split: data.Split, *, wrong_every: int = 12) -> None:
+    """Write predictions on test: every `wrong_every`-th row takes the next class, ever less confidently."""
+    labels = split.labels
+    wrong = np.arange(len(labels)) % wrong_every == 0
+    predicted = np.where(wrong, (labels + 1) % 10, labels).astype(np.uint8)
+    chances = np.full((len(labels), 10), 0.001, np.float32)
+    chances[np.arange(len(labels)), predicted] = np.linspace(0.99, 0.6, len(labels))
+    columns = {
+        "split": ["test"] * len(labels),
+        "index": split.index,
+        "label": labels,
+        "predicted": predicted,
+        "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(chances.reshape(-1)), 10),
+        "loss": np.zeros(len(labels), np.float32),
+    }
+    report.write_table(storage, "predictions", run_id, pa.table(columns), part="test")
+    matrix = report.confusion_matrix(labels, predicted)
+    for table, rows in (("confusion", report.confusion_rows(matrix)), ("classes", report.class_rows(matrix))):
+        report.write_table(storage, table, run_id, [{"split": "test"} | row for row in rows], part="test")
+
+
+def trial(number: int, generator: np.random.Generator) -> dict[str, Any]:
+    """Make one row of `trials`: every fifth diverges or fails, most of the rest are stopped at a rung."""
+    status = ("diverged", "error")[number // 5 % 2] if number % 5 == 4 else "stopped"
+    status = "completed" if number in (2, 7, 10) else status
+    done = {"completed": FULL, "diverged": 1, "error": 0}.get(status, RUNGS[number % 3])
+    lr, conv, fc = 10 ** generator.uniform(-4, -2), generator.uniform(0, 0.4), generator.uniform(0, 0.6)
+    score = 0.9 + 0.004 * done - 0.01 * abs(np.log10(lr) + 3) - 0.02 * conv
+    return {
+        "search_id": "asha-1",
+        "trial_id": f"t{number:03d}",
+        "status": status,
+        "error": f"RuntimeError: {NASTY}" if status == "error" else None,
+        "lr": float(lr),
+        "dropout_conv": float(conv),
+        "dropout_fc": float(fc),
+        "epochs_done": done,
+        "rung": max((rung for rung in RUNGS if rung <= done), default=None),
+        "best_epoch": done or None,
+        "val_loss": 0.3 if status in ("stopped", "completed") else None,
+        "val_accuracy": float(score) if status in ("stopped", "completed") else None,
+        "wall_s": 20.0 * done,
+        "shoe_size": number,
+    }
+
+
+def write_search(storage: Storage, count: int = 15) -> list[dict[str, Any]]:
+    """Write a search: its trials (with a column that nobody knows), their runs and epochs, and a refit."""
+    generator = np.random.default_rng(0)
+    trials = [trial(number, generator) for number in range(count)]
+    started = START
+    for row in trials:
+        run_id, wall = row["trial_id"], timedelta(seconds=row["wall_s"] + 5)
+        times = {"started_at": started, "finished_at": started + wall}
+        report.write_table(storage, "runs", run_id, [{"kind": "trial", "search_id": "asha-1", "status": "x", **times}])
+        top = row["val_accuracy"] or 0.5
+        epochs = [
+            {"epoch": epoch, "split": "val", "loss": 0.3, "accuracy": top - 0.03 / epoch + 0.03 / row["epochs_done"]}
+            for epoch in range(1, row["epochs_done"] + 1)
+        ]
+        report.write_table(storage, "epochs", run_id, epochs)
+        started += wall / 2
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(trials), sink)
+    storage.write_bytes(sink.getvalue(), "reports", "trials", "run_id=asha-1", "trials.parquet")
+    write_run(storage, "asha-1-refit", 6, 6, kind="refit", search_id="asha-1", val_accuracy=0.999, test_accuracy=0.935)
+    return trials
+
+
+def write_study(storage: Storage) -> None:
+    """Write a study of two parts: three arms over four seeds, and an arm by itself."""
+
+    def arm(part: str, name: str, settings: dict[str, Any], **other: Any) -> dict[str, Any]:
+        row = {"study_id": "cures", "part": part, "arm": name, "preset": "seed", "settings_json": json.dumps(settings)}
+        row |= {
+            "epochs": 12,
+            "train_rows": 55000,
+            "turning_epoch": 10.5,
+            "val_accuracy": 0.9301,
+            "test_accuracy": 0.9288,
+        }
+        return row | {"seeds": 4, "val_accuracy_std": 0.0011, "test_accuracy_std": 0.0021} | other
+
+    def compared(split: str, mean: float, reach: float) -> dict[str, Any]:
+        name = f"{split}_effect"
+        return {"baseline": "published", name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
+
+    few = compared("val", 0.0042, 0.0011) | compared("test", 0.0031, 0.0052)
+    images = {"only_arm_right": 210, "only_baseline_right": 151, "mcnemar_p": 0.0021}
+    alone = {"baseline": "published", "val_effect": -0.01, "test_effect": -0.02, "seeds": 1, "val_accuracy_std": None}
+    rows = [
+        arm("dropout", "published", {}),
+        arm("dropout", "more", {"dropout_fc": 0.65}, **few, **images),
+        arm("dropout", NASTY, {"dropout_fc": 0.9}, **alone, **images),
+    ]
+    report.write_table(storage, "study", "cures-dropout", rows)
+    report.write_table(storage, "study", "cures-seed", [arm("seed", "seed", {})])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
+    """A storage with prepared data, two runs, one of them with predictions, a search and a study."""
+    storage = open_storage(str(tmp_path_factory.mktemp("full")))
+    splits = data.split_rows(small_archives, 100, 0)
+    manifest, _ = prepare_small(storage, small_archives)
+    write_run(storage, "long", 14, 8, dataset_sha256=manifest.sha256, val_accuracy=0.93)
+    write_run(storage, "short", 2, 2)
+    write_predictions(storage, "long", splits["test"])
+    write_search(storage)
+    write_study(storage)
+    return storage
+
+
+def prepare_small(storage: Storage, archives: Path) -> tuple[data.Manifest, bool]:
+    """Prepare the small stand-in, 500 test rows in place of 10,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "archives_from", lambda _: contextlib.nullcontext((archives, False)))
+        return data.prepare(storage, "synthetic", val_rows=100)
+
+
+def val_epochs(*losses: float) -> list[dict[str, Any]]:
+    return [{"epoch": n, "split": "val", "loss": loss, "accuracy": 0.9} for n, loss in enumerate(losses, start=1)]
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "turn"),
+    [((3, 2, 1), None), ((3, 1, 2), 2), ((1, 1, 2), 1), ((3, float("nan"), 2, 2.5), 3), ((1,), None), ((), None)],
+)
+def test_the_turning_point_is_the_lowest_val_loss_unless_it_comes_last(losses: Any, turn: int | None) -> None:
+    assert figures.turning_point(val_epochs(*losses)) == turn
+
+
+def test_curves_mark_both_turning_points_or_say_why_not(full: Storage) -> None:
+    epochs = plots.load_reports(full).epochs
+    long = figures.learning_curves(1, "long", epochs["long"])
+    assert [panel.title.split()[0] for panel in long.panels] == ["Loss", "Accuracy"]
+    for panel in long.panels:
+        assert [(mark.x, mark.label) for mark in panel.marks] == [
+            (8, "val loss turns: epoch 8"),
+            (10, "published: epoch 10"),
+        ]
+        # One above the other, on the side that the curves leave free: falling from the top, or rising to it.
+        free = [mark.height > 0.5 for mark in panel.marks]
+        assert free == [panel.title.startswith("Loss")] * 2
+        assert abs(panel.marks[0].height - panel.marks[1].height) >= 0.1 - 1e-9
+        assert [(series.name, len(series.x)) for series in panel.series] == [("train", 14), ("val", 14)]
+        assert len({(series.style.dash, series.style.marker) for series in panel.series}) == 2
+    short = figures.learning_curves(2, "short", epochs["short"])
+    assert not short.panels[0].marks
+    assert "lowest at the last epoch. The published turning point, epoch 10, lies beyond" in short.caption
+
+
+def test_what_asha_saved_equals_a_count_by_hand(full: Storage) -> None:
+    (search,) = plots.load_reports(full).searches
+    trials = search.trials
+    spent, cost, saved = figures.spent_epochs(search)
+    assert (len(trials), search.max_epochs, cost) == (15, FULL, 90)
+    assert spent == sum(row["epochs_done"] for row in trials) == 40
+    assert saved == sum(FULL - row["epochs_done"] for row in trials if row["status"] == "stopped") == 34
+    assert search.rungs == list(RUNGS)
+    caption = figures.savings(1, search).caption
+    assert "would have cost 90 epochs; the search spent 40 (44%). ASHA's stops saved 34; 16 were not run" in caption
+
+
+def test_the_best_trial_did_not_fail(full: Storage) -> None:
+    (search,) = plots.load_reports(full).searches
+    best = max((row for row in search.trials if row["val_accuracy"]), key=lambda row: row["val_accuracy"])
+    assert search.best is best
+    best["status"] = "diverged"
+    assert search.best["trial_id"] != best["trial_id"]
+
+
+def test_settings_are_known_fields_that_vary() -> None:
+    trials = [{"lr": 1e-3, "dropout_fc": 0.1, "padding": "zeros", "seed": 1, "shoe_size": 1}] * 2
+    assert figures.searched_settings(trials) == []
+    other = {"lr": 1e-2, "dropout_fc": 0.1, "padding": "reflect", "seed": 2, "shoe_size": 2, "depth": None}
+    assert figures.searched_settings([trials[0], other]) == ["lr", "padding"]
+
+
+def test_scales_of_parallel_axes() -> None:
+    assert figures.scaled("lr", [1e-4, 1e-3, 1e-2]) == (pytest.approx([0, 0.5, 1]), "0.0001", "0.01")
+    assert figures.scaled("dropout_fc", [0.0, 0.1, 0.4]) == (pytest.approx([0, 0.25, 1]), "0", "0.4")
+    assert figures.scaled("padding", ["zeros", "reflect"]) == ([1, 0], "reflect", "zeros")
+    assert figures.scaled("lr", [0.1, 0.1])[0] == [0, 0]
+
+
+def test_an_axis_leaves_out_far_off_points_and_says_so() -> None:
+    assert figures.without_outliers([0.90, 0.91, 0.92, 0.93, 0.94]) == (None, "")
+    (low, high), text = figures.without_outliers([0.1, 0.90, 0.905, 0.91, 0.92, 0.93])
+    assert 0.89 < low < 0.90
+    assert high > 0.93
+    assert text == f" The axis leaves out 1 point(s) below {low:.3f}."
+
+
+def test_a_search_without_any_result_still_has_a_section(storage: Storage) -> None:
+    rows = [{"search_id": "s", "trial_id": name, "status": "error", "error": "boom", "lr": 0.1} for name in "ab"]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    storage.write_bytes(sink.getvalue(), "reports", "trials", "run_id=s", "trials.parquet")
+    html = plots.make_page(storage, plots.load_reports(storage), with_pngs=False).html
+    assert "Search s" in html
+    assert "2 error" in html
+
+
+def test_a_study_shows_each_difference_with_its_interval(full: Storage) -> None:
+    rows = plots.load_reports(full).studies["cures"]
+    figure = figures.study_effects(1, "cures", rows)
+    assert figure is not None
+    (panel,) = figure.panels
+    assert sorted(panel.y_ticks.values()) == ["dropout: " + NASTY, "dropout: more"]
+    means = {series.name: series for series in panel.series}
+    assert means["test"].x == pytest.approx([0.31, -2.0])
+    assert means["test"].hover[0] == "dropout, more - published: test accuracy +0.31 points (-0.21 to +0.83)"
+    assert means["test"].hover[1].endswith("test accuracy -2.00 points"), "one seed has no interval"
+    assert means["val, 95 %"].x == pytest.approx([0.31, 0.53])
+    assert figures.study_effects(1, "cures", [row for row in rows if row["part"] == "seed"]) is None
+
+
+def test_a_studys_table_says_what_was_compared(full: Storage) -> None:
+    html = plots.make_page(full, plots.load_reports(full, ["cures"]), with_pngs=False).html
+    text = Reader(html).text
+    assert "Study cures" in text and "Learning curves" not in text
+    line = [cell.strip() for cell in text[text.index("dropout_fc 0.65") :].split("\n") if cell.strip()]
+    assert line[1:4] == ["4 x 12 x 55,000", "0.9301 ± 0.0011", "0.9288 ± 0.0021"]
+    assert line[4:9] == ["+0.42 [+0.31, +0.53]", "+0.31 [-0.21, +0.83]", "210 : 151", "0.0021", "10.5"]
+    assert "-2.00\n" in text
+    assert "preset seed" in text
+
+
+# --- mistakes and images --------------------------------------------------------------------------------------------
+
+
+def test_the_surest_mistakes_come_first(full: Storage) -> None:
+    ((_, rows),) = plots.read_files(full, "predictions", "long")
+    found = plots.find_mistakes(rows, "test")
+    assert found is not None
+    wrong = [row for row in rows.to_pylist() if row["label"] != row["predicted"]]
+    assert found.total == len(wrong) == 42
+    wrong.sort(key=lambda row: -row["probabilities"][row["predicted"]])
+    assert found.index.tolist() == [row["index"] for row in wrong[:24]]
+    assert found.probability[0] == pytest.approx(0.99)
+    assert found.label_probability[0] == pytest.approx(0.001)
+    assert plots.find_mistakes(rows, "val") is None
+
+
+def test_images_are_encoded_without_loss() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (28, 28)).astype(np.uint8)
+    png = draw.gray_png(image)
+    assert struct.unpack(">II", png[16:24]) == (28, 28)
+    size = struct.unpack(">I", png[33:37])[0]
+    lines = np.frombuffer(zlib.decompress(png[41 : 41 + size]), np.uint8).reshape(28, 29)
+    assert (lines[:, 1:] == image).all()
+    assert not lines[:, 0].any()
+
+
+def test_missing_pixels_are_explained(full: Storage, storage: Storage, small_archives: Path) -> None:
+    run = {"dataset_sha256": "1" * 64}
+    assert "not what the run was trained on" in plots.find_pixels(full, run, "test", [0])
+    assert "holds no prepared data" in plots.find_pixels(storage, run, "test", [0])
+    sha256 = data.load_manifest(full).sha256
+    assert "that the prepared test split lacks" in plots.find_pixels(full, {"dataset_sha256": sha256}, "test", [9999])
+    manifest, _ = prepare_small(storage, small_archives)
+    for path in data.split_paths(storage, manifest, "test"):
+        Path(path).write_bytes(b"x")
+    assert "is damaged" in plots.find_pixels(storage, {"dataset_sha256": manifest.sha256}, "test", [0])
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would find: tags with their attributes, the text, scripts; checks that tags close."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(text)
+        elif self.open and self.open[-1] != "style":
+            self.text += text + "\n"
+
+    def all(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
+        return [values for name, values in self.tags if name == tag and kind in (values.get("class") or "")]
+
+
+@pytest.fixture(scope="module")
+def html(full: Storage) -> str:
+    return plots.make_page(full, plots.load_reports(full), with_pngs=False).html
+
+
+def test_the_page_is_whole_small_and_needs_no_network(html: str) -> None:
+    reader = Reader(html)
+    assert len(html) < 5e6
+    ids = [values["id"] for _, values in reader.tags if "id" in values]
+    assert len(ids) == len(set(ids))
+    for _, values in reader.tags:
+        for name in ("src", "href", "action", "data", "srcset"):
+            target = values.get(name) or ""
+            assert target == "" or target.startswith("data:") or target[1:] in ids, target
+    assert "@import" not in html
+    assert "url(" not in html.split("</style>")[0]
+    assert len(reader.all("script")) == 2 + len(reader.all("div", "plot"))
+    assert len(reader.all("div", "plot")) == 3 * 2 + 1 + 1 + 1 + 2 + 3 + 1 + 1
+    assert len(reader.all("img")) == 24
+
+
+def test_every_figure_is_plain_json_that_the_library_draws(html: str) -> None:
+    panels = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert panels
+    for panel in panels:
+        content = json.loads(panel)
+        assert {trace["type"] for trace in content["data"]} <= {"scatter", "heatmap"}
+        assert not re.search("[<>&]", panel)
+
+
+def test_nothing_from_a_report_becomes_markup(html: str) -> None:
+    assert NASTY in Reader(html).text
+    assert NASTY not in html
+    assert "onerror" not in str(Reader(html).tags)
+
+
+def test_published_and_measured_stand_together_best_first(html: str) -> None:
+    body = html.split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.sub("<.*?>", " ", row).split() for row in body.strip().split("\n")]
+    # The refit claims a val accuracy of 0.999, having trained on val; its winning trial reached 0.917.
+    assert [row[0] for row in rows] == ["published", "long", "short", "asha-1-refit"]
+    assert {"0.9684", "0.0909", "0.9304", "0.2591"} <= set(rows[0])
+    assert "+0.46" in rows[3]
+    assert "STAND-IN" not in html
+
+
+def test_stand_in_data_is_marked_everywhere(storage: Storage) -> None:
+    write_run(storage, "real", 3, 2, val_accuracy=0.5)
+    write_run(storage, "toy", 3, 2, dataset="fashion-mnist-synthetic", val_accuracy=0.99)
+    text = Reader(plots.make_page(storage, plots.load_reports(storage), with_pngs=False).html).text
+    assert "1 of 2 runs on this page used drawn pictures" in text
+    assert "Learning curves of toy (STAND-IN DATA)" in text
+    assert text.index("real\n") < text.index("toy\n")
+    assert re.search(r"toy \n+STAND-IN", text)
+
+
+def test_a_run_that_still_runs_is_shown_with_its_epochs(storage: Storage) -> None:
+    report.write_table(storage, "runs", "live", [{"status": "running", "dataset": "fashion-mnist"}])
+    report.write_table(storage, "epochs", "live", val_epochs(0.5, 0.3))
+    (row,) = plots.load_reports(storage).runs
+    assert (row["best_epoch"], row["epochs_done"], row["val_accuracy"]) == (1, 2, 0.9)
+    html = plots.make_page(storage, plots.load_reports(storage), with_pngs=False).html
+    assert "running" in html
+    assert "Search" not in Reader(html).text
+    assert "Confusion" not in Reader(html).text
+
+
+def test_same_reports_same_bytes_and_only_chosen_runs(full: Storage, tmp_path: Path, html: str) -> None:
+    out = tmp_path / "page.html"
+    assert plots.build_page(full, out) == [out]
+    assert out.read_text() == html
+    plots.build_page(full, out, run_ids=["short"])
+    assert "Learning curves of short" in out.read_text()
+    assert not re.search("Learning curves of long|Search", Reader(out.read_text()).text)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.commands
+def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
+    out, folder = tmp_path / "page.html", tmp_path / "figures"
+    written = plots.build_page(full, out, png=folder, run_ids=["long"])
+    assert {path.name for path in written} == {
+        "page.html",
+        "curves-1.png",
+        "confusion.png",
+        "classes.png",
+        "mistakes.png",
+    }
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n"
+        assert min(struct.unpack(">II", content[16:24])) > 300
+    assert {values["id"] for values in Reader(out.read_text()).all("figure")} == {"curves-1", "confusion", "classes"}
+
+
+@pytest.mark.slow
+def test_search_figures_can_be_drawn_as_files(full: Storage) -> None:
+    (search,) = plots.load_reports(full).searches
+    drawn = figures.search_figures(1, search)
+    assert [figure.name.split("-")[-1] for figure in drawn] == ["epochs", "time", "settings", "parallel", "saved"]
+    for figure in (drawn[2], drawn[3]):
+        assert draw.figure_png(figure)[:4] == b"\x89PNG"
+
+
+# --- mistakes of the user -------------------------------------------------------------------------------------------
+
+
+def test_users_mistakes_name_the_value_and_leave_nothing(full: Storage, storage: Storage, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    with pytest.raises(UserError, match=r"--storage .*results holds no reports; train first"):
+        plots.build_page(storage, out)
+    with pytest.raises(UserError, match=r"--run-id nope does not exist in .*; there are .*short"):
+        plots.build_page(full, out, run_ids=["long", "nope"])
+    with pytest.raises(UserError, match=r"--out .*: the folder .*missing does not exist"):
+        plots.build_page(full, tmp_path / "missing" / "page.html")
+    with pytest.raises(UserError, match=r"--png .*manifest.json is a file; name a folder"):
+        plots.build_page(full, out, png=Path(full.path("data", "fashion-mnist", "manifest.json")))
+    with pytest.raises(UserError, match=r"--out .* is a folder; name a file"):
+        plots.build_page(full, tmp_path)
+    with pytest.raises(UserError, match=r"/proc/page.html cannot be written \(.*\); name a place that can be"):
+        plots.build_page(full, Path("/proc/page.html"), run_ids=["short"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("table", ["runs", "epochs", "confusion"])
+def test_a_damaged_report_is_named(table: str, storage: Storage, tmp_path: Path) -> None:
+    write_run(storage, "a", 2, 2)
+    report.write_table(storage, "confusion", "a", [])
+    path = Path(storage.path("reports", table, "run_id=a", f"{table}.parquet"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=rf"{table}.parquet is damaged") as caught:
+        plots.build_page(storage, tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+    pq.write_table(pa.table({"x": [1]}), path)
+    if table != "runs":
+        with pytest.raises(UserError, match=r"is damaged \(it lacks "):
+            plots.build_page(storage, tmp_path / "page.html")
+
+
+@pytest.mark.commands
+def test_the_command(full: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    main(["--storage", full.uri, "--out", str(out), "--run-id", "short, asha-1"])
+    assert f"page: {out}" in capsys.readouterr().out
+    assert "Search asha-1" in out.read_text()
+    done = run_job("jobs.report", "--storage", str(tmp_path / "empty"), "--out", str(tmp_path / "b.html"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: --storage ")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.commands
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html)
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--window-size=1200,2000"),
+        *("--dump-dom", page.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    plots_there = len(Reader(html).all("div", "plot"))
+    assert f'data-drawn="{plots_there}"' in done.stdout
+    drawn = done.stdout.split('<div class="plot js-plotly-plot"')[1:]
+    assert len(drawn) == plots_there
+    for plot in drawn:
+        assert '<svg class="main-svg"' in plot
+        assert re.search(r'class="trace scatter|<image', plot)  # points and lines, or a heat map
+    assert "CONSOLE" not in done.stderr, done.stderr

@@ -1,0 +1,361 @@
+"""An `s3://` storage, spoken to over HTTP: moto's server, a process of its own, on a port of this machine.
+
+`MOTO_SERVER` names its command, in an environment of its own: `uv tool install 'moto[server]==5.2.5'`. botocore, which
+it is built on, wants an older python-dateutil than `uv.lock` has. One that happens to be on the PATH is not taken: with
+a 5.2.1 that was there, pyarrow took the end of every upload for a failure.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import assert_refused, run_job, wait_for
+from drivers import Driver, Outcome, assert_unharmed, prepare_small
+from pyarrow import fs as pafs
+
+from fashion.cluster.lock import Claim
+from fashion.config import UserError
+from fashion.reports import tables as report
+from fashion.reports.page import sections as plots
+from fashion.storage import Storage, open_storage
+from fashion.training.checkpoint_manager import Keeper
+
+SERVER = os.environ.get("MOTO_SERVER", "")
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("nothing_is_left"),
+    pytest.mark.skipif(not SERVER, reason="MOTO_SERVER names no server; uv tool install 'moto[server]==5.2.5'"),
+]
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+# A mistake in --storage is told within so many seconds, the start of the command included.
+TOLD_WITHIN_S = 60.0
+# Within pyarrow's patience, which is ten tries of 3 s and more.
+SILENT_S = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def uri_of(port: int, place: str) -> str:
+    return f"s3://{place}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+
+
+@contextmanager
+def server(**environment: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Run a server; gives its port and its process."""
+    port = free_port()
+    process = subprocess.Popen(
+        [SERVER, "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None, f"{SERVER} ended by itself"
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_for(answers, "server")
+        yield port, process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server with the bucket `bucket`, and its keys in the environment."""
+    with pytest.MonkeyPatch.context() as patch, server() as (port, process):
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        make_bucket(port, "bucket")
+        yield port, process
+
+
+@pytest.fixture(scope="module")
+def port(store: tuple[int, subprocess.Popen[bytes]]) -> int:
+    return store[0]
+
+
+def make_bucket(port: int, name: str) -> None:
+    store = pafs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    store.create_dir(name)
+
+
+@pytest.fixture(params=["folder", "a folder/with spaces", ""])
+def place(request: pytest.FixtureRequest, port: int) -> Storage:
+    """A storage in a bucket of its own, down to the bucket itself."""
+    bucket = f"unit-{time.monotonic_ns()}"
+    make_bucket(port, bucket)
+    return open_storage(uri_of(port, "/".join(filter(None, (bucket, request.param.replace(" ", "%20"))))))
+
+
+# --- the storage itself ---------------------------------------------------------------------------------------------
+
+
+def test_files_come_and_go_as_in_a_folder(place: Storage) -> None:
+    assert place.list() == place.list("runs") == []
+    place.check_writable("runs", "reports")
+    assert place.list() == []
+    assert not place.exists("runs")
+    with pytest.raises(FileNotFoundError):
+        place.read_bytes("runs", "one", "no such file")
+    for name in ("a file", "b+c=d&e.txt"):
+        place.write_bytes(name.encode(), "runs", "one of them", name)
+    place.write_bytes(b"old", "runs", "two", "file")
+    place.write_bytes(b"new", "runs", "two", "file")
+    assert place.read_bytes("runs", "two", "file") == b"new"
+    assert place.list("runs") == ["one of them", "two"]
+    assert place.list("runs", "one of them") == ["a file", "b+c=d&e.txt"]
+    assert place.read_bytes("runs", "one of them", "b+c=d&e.txt") == b"b+c=d&e.txt"
+    place.delete_folder("runs", "one of them")
+    place.delete_folder("runs", "one of them")
+    assert not place.exists("runs", "one of them")
+    assert place.exists("runs", "two")
+    assert place.list("runs") == ["two"]
+
+
+def test_a_file_is_no_storage(port: int) -> None:
+    open_storage(uri_of(port, "bucket/files")).write_bytes(b"", "file")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        open_storage(uri_of(port, "bucket/files/file"))
+
+
+def test_it_shows_a_place_as_a_uri_that_opens(place: Storage) -> None:
+    place.write_bytes(b"here", "runs", "file")
+    assert open_storage(place.show("runs")).read_bytes("file") == b"here"
+
+
+def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
+    place = open_storage(uri_of(port, "bucket/claims"))
+
+    def claim() -> Claim:
+        return Claim(place, "runs", "mine", "--run-id", beat_s=1.0)
+
+    with claim():
+        owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
+        with pytest.raises(UserError, match=owner), claim():
+            pass
+    assert not place.exists("runs", ".claims", "mine")
+    claim()._write(7)  # of somebody who was killed
+    with claim():
+        pass
+
+
+# --- nothing is seen in part ----------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C and SIGTERM are to a command: raised in the main thread, wherever it is."""
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_or_the_new(port: int) -> None:
+    place = open_storage(uri_of(port, "bucket/interrupted"))
+    chance = random.Random(0)
+    armed = False
+
+    def interrupt(*_: object) -> None:
+        if armed:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    started = time.monotonic()
+    place.write_bytes(b"old", "file")
+    took = time.monotonic() - started
+    interrupted = 0
+    for _ in range(60):
+        place.write_bytes(b"old", "file")
+        timer = threading.Timer(chance.uniform(0, took), os.kill, (os.getpid(), signal.SIGUSR1))
+        try:
+            armed = True
+            timer.start()
+            place.write_bytes(b"new", "file")
+            armed = False
+        except Interrupted:
+            armed = False
+            interrupted += 1
+        timer.join()
+        assert place.read_bytes("file") in (b"old", b"new")
+    signal.signal(signal.SIGUSR1, before)
+    assert interrupted >= 10
+
+
+def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
+    """By longer ones and by shorter ones; a healthy file that is called damaged might be removed."""
+    place = open_storage(uri_of(port, "bucket/replaced"))
+    row = {"split": "val", "loss": 0.5, "accuracy": 0.5, "rows": 100}
+    versions = [[row | {"epoch": epoch + 1} for epoch in range(count)] for count in (1, 400, 40)]
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            for rows in versions:
+                report.write_table(place, "epochs", "mine", rows)
+
+    report.write_table(place, "epochs", "mine", versions[0])
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = {len(report.read_table(place, "epochs", "mine")) for _ in range(40)}
+        seen |= {len(rows) for _ in range(40) for _, rows in plots.read_files(place, "epochs")}
+    finally:
+        over.set()
+        writer.join()
+    assert seen <= {1, 40, 400}
+    assert len(seen) > 1
+
+
+# --- what is wrong is told before anything is trained ---------------------------------------------------------------
+
+
+def refused_in_time(uri: str, told: str, **environment: str) -> None:
+    started = time.monotonic()
+    done = run_job("jobs.train", "--storage", uri, "--run-id", "never", "--preset", "smoke", **environment)
+    took = time.monotonic() - started
+    assert_refused(done, told)
+    assert done.stderr.startswith(f"error: --storage {uri} ")
+    assert took < TOLD_WITHIN_S
+    print(f"{took:.1f} s: {done.stderr.strip()}")
+
+
+def test_a_missing_bucket_is_told(port: int) -> None:
+    refused_in_time(uri_of(port, "nowhere/results"), "is in bucket nowhere, which does not exist; make it")
+
+
+def test_no_bucket_is_told(port: int) -> None:
+    with pytest.raises(UserError, match="names no bucket; use s3://BUCKET/FOLDER"):
+        open_storage(uri_of(port, ""))
+
+
+def test_refused_permission_is_told() -> None:
+    """This server takes only keys that it gave out, and ours it did not."""
+    with server(INITIAL_NO_AUTH_ACTION_COUNT="0") as (strict, _):
+        refused_in_time(uri_of(strict, "bucket/results"), "ACCESS_DENIED", **KEYS)
+
+
+@pytest.fixture(scope="module")
+def read_only() -> Iterator[tuple[int, dict[str, str]]]:
+    """A server that enforces permissions, and keys that may read everything and write nothing."""
+
+    def iam(**fields: str) -> str:
+        body = urllib.parse.urlencode(fields | {"Version": "2010-05-08"}).encode()
+        told = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/iam/aws4_request"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/", body, told)) as answer:
+            return str(answer.read().decode())
+
+    with pytest.MonkeyPatch.context() as patch, server() as (strict, _):
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        address = f"http://127.0.0.1:{strict}"
+        make_bucket(strict, "bucket")
+        iam(Action="CreateUser", UserName="reader")
+        rule = {"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+        iam(Action="PutUserPolicy", UserName="reader", PolicyName="reads", PolicyDocument=policy)
+        told = iam(Action="CreateAccessKey", UserName="reader")
+        number, secret = (re.findall(f"<{tag}>(.*?)</{tag}>", told)[0] for tag in ("AccessKeyId", "SecretAccessKey"))
+        enforce = urllib.request.Request(f"{address}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
+        urllib.request.urlopen(enforce).close()
+        yield strict, {"AWS_ACCESS_KEY_ID": number, "AWS_SECRET_ACCESS_KEY": secret}
+
+
+@pytest.mark.parametrize("command", ["jobs.prepare", "jobs.train", "jobs.tune"])
+def test_keys_that_may_only_read_are_told(read_only: tuple[int, dict[str, str]], command: str) -> None:
+    """Nor may they ask for the bucket, as with keys for one folder of it: that alone is nobody's mistake."""
+    port, keys = read_only
+    uri = uri_of(port, "bucket/results")
+    done = run_job(command, "--storage", uri, "--source", "synthetic", **keys)
+    assert_refused(done, f"error: --storage {uri} cannot be written (")
+    assert "ACCESS_DENIED" in done.stderr
+
+
+def test_a_closed_port_is_told() -> None:
+    refused_in_time(uri_of(free_port(), "bucket/results"), "Could not connect to server", **KEYS)
+
+
+def test_a_server_that_never_answers_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        refused_in_time(uri_of(silent.getsockname()[1], "bucket/results"), "Timeout was reached", **KEYS)
+
+
+# --- the whole flow -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def remote(port: int, small_archives: Path) -> Storage:
+    storage = open_storage(uri_of(port, "bucket/whole%20flow"))
+    prepare_small(storage, small_archives)
+    return storage
+
+
+def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
+    remote: Storage, store: tuple[int, subprocess.Popen[bytes]], small_storage: Storage, unbroken: Outcome
+) -> None:
+    """Its end is, to the bit, that of an unbroken run in a folder."""
+    done = run_job("jobs.prepare", "--storage", remote.uri, "--source", "auto", "--val-rows", "100")
+    assert "already prepared" in done.stdout, done.stderr
+    first = Driver(remote, "one")
+    first.wait_for(first.workers)
+    owner = f"--run-id one is in use by process {first.process.pid} of"
+    with pytest.raises(UserError, match=owner), Claim(remote, "runs", "one", "--run-id", beat_s=2.0):
+        pass  # it renews its note each 5 s, and is watched for 6
+    keeper = Keeper(remote, ("runs", "one"), newest=2)
+    earlier = first.wait_for(lambda: keeper.newest_whole()[0])
+    first.process.kill()
+    first.wait()
+    assert report.load_run(remote, "one")["status"] == "running"
+    again = Driver(remote, "one")
+    again.wait_for(lambda: keeper.newest_whole()[0] != earlier)
+    store[1].send_signal(signal.SIGSTOP)
+    time.sleep(SILENT_S)
+    store[1].send_signal(signal.SIGCONT)
+    said = again.wait()
+    assert again.process.returncode == 0, said
+    assert said.count("goes on from checkpoint epoch-") == 1, "the silence was waited out, without another try"
+    assert_unharmed(remote, "one", unbroken)
+    far, near = report.load_run(remote, "one"), report.load_run(small_storage, "unbroken")
+    assert (far["world_size"], far["test_loss"], far["test_rows"]) == (2, near["test_loss"], 500)
+
+
+def test_what_it_left_is_evaluated_and_shown(remote: Storage, tmp_path: Path) -> None:
+    """After the test of the run."""
+    done = run_job("jobs.evaluate", "--storage", remote.uri, "--run-id", "one", "--split", "val", "--num-workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "val: 100 rows, accuracy" in done.stdout
+    assert not remote.exists("runs", ".claims", "one")
+    page = tmp_path / "page.html"
+    done = run_job("jobs.report", "--storage", remote.uri, "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "one" in page.read_text()
+
+
+def test_a_search_keeps_its_trials_there(remote: Storage) -> None:
+    flags = ["--preset=smoke", "--num-samples=2", "--max-epochs=2", "--max-train-rows=256", "--source=auto"]
+    done = run_job("jobs.tune", "--storage", remote.uri, "--search-id", "few", *flags)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in remote.list("reports", "trials") if name.startswith("run_id=few-")] == [
+        "run_id=few-t0000",
+        "run_id=few-t0001",
+    ]
