@@ -32,9 +32,8 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog="python -m jobs.bench", description=__doc__ or "")
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
     from fashion.bench.rows import ROWS
-    from fashion.cluster import plan as cluster
-    from fashion.reports import console as summary
-    from fashion.reports import tables as report
+    from fashion.cluster import connection
+    from fashion.reports import console, schemas, tables
     from fashion.storage import open_storage
 
     out = Path(flags.out).expanduser().absolute() if flags.out else None
@@ -46,15 +45,15 @@ def main(argv: Sequence[str]) -> None:
     letters = flags.rows.split(",")
     unknown = [letter for letter in letters if letter not in ROWS]
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(ROWS)}")
-    storage.check_writable(report.REPORTS_FOLDER)
-    cluster.connect()
+    storage.check_writable(schemas.REPORTS_FOLDER)
+    connection.connect()
     measured = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
     rows = [each.columns() for each in measured]
-    path = report.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
-    summary.print_bench(rows)
+    path = tables.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
+    console.print_bench(rows)
     print(f"report: {path}")
     if out is not None:
-        open_storage(str(out.parent)).write_bytes(report.encode("bench", rows), out.name)
+        open_storage(str(out.parent)).write_bytes(tables.encode("bench", rows), out.name)
         print(f"rows: {out}")
 
 

@@ -27,26 +27,26 @@ def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the figures."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
     config.check_run_id(flags.run_id)
-    from fashion.cluster import plan as cluster
-    from fashion.data import prepare as data
+    from fashion.cluster import connection
+    from fashion.cluster.plan import make_plan
+    from fashion.data.manifest import load_manifest
     from fashion.inference import evaluation, export
-    from fashion.reports import console as summary
-    from fashion.reports import tables as report
+    from fashion.reports import console, runs, schemas, tables
     from fashion.storage import open_storage
 
     destination = export.check_destination(flags.export) if flags.export else None
     storage = open_storage(flags.storage)
-    manifest = data.load_manifest(storage)
-    row = report.load_run(storage, flags.run_id)
-    storage.check_writable(report.REPORTS_FOLDER)
+    manifest = load_manifest(storage)
+    row = runs.load_run(storage, flags.run_id)
+    storage.check_writable(schemas.REPORTS_FOLDER)
     settings = evaluation.check_run(storage, flags.run_id, row)
-    cluster.connect()
-    plan = cluster.make_plan(settings, flags.scale, manifest)
+    connection.connect()
+    plan = make_plan(settings, flags.scale, manifest)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
-    classes = [each for each in report.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
-    summary.print_classes(classes)
+    classes = [each for each in tables.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
+    console.print_classes(classes)
     print(f"{flags.split}: {scores.num_rows} rows, accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}")
-    print(f"reports: {storage.show(report.REPORTS_FOLDER)}")
+    print(f"reports: {storage.show(schemas.REPORTS_FOLDER)}")
     if destination is not None:
         export.export(storage, flags.run_id, row, {flags.split: scores}, destination)
         print(f"exported: {destination}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fashion import cli
 
 if TYPE_CHECKING:
-    from fashion.data.prepare import Manifest
+    from fashion.data.manifest import Manifest
     from fashion.storage import Storage
 
 
@@ -32,18 +32,19 @@ class Flags:
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, print what is there."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.prepare", description=__doc__ or "", default=Flags())
-    from fashion.data import prepare as data
+    from fashion.data import preparation
+    from fashion.data.manifest import DATA_FOLDER
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
     if flags.or_synthetic:
         manifest, written = prepare_or_synthetic(storage, flags)
     else:
-        manifest, written = data.prepare(storage, flags.source, flags.val_rows, flags.seed)
+        manifest, written = preparation.prepare(storage, flags.source, flags.val_rows, flags.seed)
     rows = ", ".join(f"{count} {split}" for split, count in manifest.rows.items())
     print(f"{'prepared' if written else 'already prepared'}: {manifest.dataset}, {rows} rows")
     print(f"pixels: mean {manifest.pixel_mean:.5f}, std {manifest.pixel_std:.5f}; sha256 {manifest.sha256[:16]}...")
-    print(f"data: {storage.show(*data.DATA_FOLDER)}")
+    print(f"data: {storage.show(*DATA_FOLDER)}")
     if manifest.is_stand_in:
         print("NOTE: this is the drawn stand-in, not Fashion-MNIST; its accuracies say nothing about the real data.")
 
@@ -53,14 +54,14 @@ def prepare_or_synthetic(storage: "Storage", flags: Flags) -> "tuple[Manifest, b
 
     Every other failure stays one: it would fail for the stand-in too, or hide what the user should mend.
     """
-    from fashion.data import prepare as data
+    from fashion.data import archives, preparation
 
     try:
-        return data.prepare(storage, flags.source, flags.val_rows, flags.seed, replace_stand_in=True)
-    except data.DownloadFailed as error:
+        return preparation.prepare(storage, flags.source, flags.val_rows, flags.seed, replace_stand_in=True)
+    except archives.DownloadFailed as error:
         print(f"\n*** {error} ***", file=sys.stderr)
         print("*** Going on with the drawn stand-in. Its accuracies are not Fashion-MNIST's. ***\n", file=sys.stderr)
-        return data.prepare(storage, "synthetic", flags.val_rows, flags.seed)
+        return preparation.prepare(storage, "synthetic", flags.val_rows, flags.seed)
 
 
 if __name__ == "__main__":

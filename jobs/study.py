@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog="python -m jobs.study", description=__doc__ or "")
     from fashion.ablation import study
     from fashion.distributed import trainer
-    from fashion.reports import console as summary
+    from fashion.reports import console
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> None:
             flags.scale,
             faults=flags.faults,
             source=flags.source,
-            announce=lambda run_id, plan: summary.print_plan(run_id, storage.uri, plan),
+            announce=lambda run_id, plan: console.print_plan("run", run_id, storage.uri, plan.lines()),
         ):
-            summary.print_study(name, rows)
+            console.print_study(name, rows)
     except trainer.RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         print("the study goes on by the same command", file=sys.stderr)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     default, goes_on = starting_point(argv)
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     from fashion.distributed import trainer
-    from fashion.reports import console as summary
+    from fashion.reports import console
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
@@ -56,12 +56,12 @@ def main(argv: Sequence[str]) -> None:
             source=flags.source,
             resume=goes_on,
             mlflow=flags.mlflow,
-            announce=lambda plan: summary.print_plan(run_id, storage.uri, plan),
+            announce=lambda plan: console.print_plan("run", run_id, storage.uri, plan.lines()),
         )
     except trainer.RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    summary.print_result(done.run_id, done.row, done.paths, was_finished=done.was_finished)
+    console.print_result(done.run_id, done.row, done.paths, was_finished=done.was_finished)
 
 
 def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
@@ -72,12 +72,12 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
         if not early["--run-id"]:
             raise UserError(f"{asked} needs --run-id with the name of the run to continue")
         config.check_run_id(early["--run-id"])
-        from fashion.reports import tables as report
+        from fashion.reports import runs
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-        if asked == "--resume" or report.find_run(storage, early["--run-id"]) is not None:
-            return Flags(train=report.stored_config(storage, early["--run-id"])), True
+        if asked == "--resume" or runs.find_run(storage, early["--run-id"]) is not None:
+            return Flags(train=runs.stored_config(storage, early["--run-id"])), True
     return Flags(train=config.preset(early["--preset"] or "default")), False
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     base = flags.base()
-    from fashion.reports import console as summary
+    from fashion.reports import console
     from fashion.search import search
     from fashion.storage import open_storage
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
             resume=goes_on,
             refit=flags.refit,
             mlflow=flags.mlflow,
-            announce=lambda plan: summary.print_search_plan(search_id, storage.uri, plan),
+            announce=lambda plan: console.print_plan("search", search_id, storage.uri, plan.lines()),
         )
     except search.SearchFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,7 +87,13 @@ def main(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f"interrupted; continue with --search-id {search_id} --resume", file=sys.stderr)
         sys.exit(1)
-    summary.print_search(search_id, flags.space, found, storage)
+    if found.was_finished:
+        print(f"search {search_id} is finished already; nothing to do")
+    console.print_trials(search_id, flags.space.searched(), found.rows(), flags.space.max_epochs)
+    if found.refit is not None:
+        refit = found.refit
+        console.print_result(refit.run_id, refit.row, refit.paths, was_finished=refit.was_finished)
+    print(f"search: {storage.show('searches', search_id)}\nreports: {storage.show('reports', 'trials')}")
 
 
 def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
@@ -98,12 +104,12 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
         if not early["--search-id"]:
             raise UserError(f"{asked} needs --search-id with the name of the search to continue")
         config.check_run_id(early["--search-id"], name="--search-id")
-        from fashion.search import trial_store as ledger
+        from fashion.search import state
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-        if asked == "--resume" or storage.exists(*ledger.state_place(early["--search-id"])):
-            return of_stored(*ledger.stored_settings(storage, early["--search-id"])), True
+        if asked == "--resume" or storage.exists(*state.state_place(early["--search-id"])):
+            return of_stored(*state.stored_settings(storage, early["--search-id"])), True
     preset = config.preset(early["--preset"] or "default")
     return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows), False
 

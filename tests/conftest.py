@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fashion import cli
-from fashion.data import prepare as data
-from fashion.data import synthetic
+from fashion.data import archives as archives_module
+from fashion.data import preparation, synthetic
+from fashion.data.archives import ARCHIVES, file_sha256
 from fashion.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def small_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
     """The small archives, taken for the official ones."""
-    sums = {name: data.file_sha256(small_archives / name) for name in data.ARCHIVES}
-    monkeypatch.setattr(data, "ARCHIVES", sums)
+    sums = {name: file_sha256(small_archives / name) for name in ARCHIVES}
+    monkeypatch.setattr(archives_module, "ARCHIVES", sums)
     return small_archives
 
 
@@ -62,8 +63,8 @@ def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     synthetic.write_archives(archives, num_train_rows=600, num_test_rows=200)
     storage = open_storage(str(tmp_path_factory.mktemp("tiny")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
-        data.prepare(storage, str(archives), val_rows=100)
+        patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
+        preparation.prepare(storage, str(archives), val_rows=100)
     return storage
 
 
@@ -138,11 +139,11 @@ def ray_cluster() -> Iterator[None]:
     """
     import ray
 
-    from fashion.cluster import plan as cluster
+    from fashion.cluster import connection
 
     os.environ["RAY_ADDRESS"] = "local"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # epochs are short here, and each waits for a look
-    cluster.connect(num_cpus=2)
+    connection.connect(num_cpus=2)
     yield
     ray.shutdown()
 

@@ -15,8 +15,10 @@ import torch
 from conftest import ROOT, job_environment
 from torch import Tensor
 
-from fashion.data import prepare as data
-from fashion.reports import tables as report
+from fashion.data import archives as archives_module
+from fashion.data import preparation
+from fashion.data.archives import ARCHIVES, file_sha256
+from fashion.reports import runs, tables
 from fashion.storage import Storage
 from fashion.training import checkpoint
 from fashion.training.checkpoint_manager import name_of
@@ -39,8 +41,8 @@ Outcome = tuple[list[dict[str, Any]], dict[str, Tensor]]
 def prepare_small(storage: Storage, archives: Path) -> None:
     """Prepare few rows, test's too: most of a short run would be its evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "ARCHIVES", {name: data.file_sha256(archives / name) for name in data.ARCHIVES})
-        data.prepare(storage, str(archives), val_rows=100)
+        patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
+        preparation.prepare(storage, str(archives), val_rows=100)
 
 
 DRIVERS: list["Driver"] = []
@@ -122,11 +124,11 @@ def command_of(process: psutil.Process) -> str:
 
 def outcome(storage: Storage, run_id: str) -> Outcome:
     """Return a finished run's `epochs` rows without the times, and the weights after its last step."""
-    row = report.load_run(storage, run_id)
+    row = runs.load_run(storage, run_id)
     assert row["status"] == "completed", row
     rows = [
         {name: value for name, value in each.items() if name not in TIMES}
-        for each in report.read_table(storage, "epochs", run_id)
+        for each in tables.read_table(storage, "epochs", run_id)
     ]
     content = storage.read_bytes("runs", run_id, name_of(EPOCHS), checkpoint.WEIGHTS)
     return rows, checkpoint.load_weights(content)

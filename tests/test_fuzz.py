@@ -33,14 +33,17 @@ from torch import nn
 
 from fashion import cli, config
 from fashion.config import TrainConfig, UserError
-from fashion.data import prepare as data
-from fashion.reports import tables as report
-from fashion.search import trial_store as ledger
+from fashion.data import archives, splits
+from fashion.data.manifest import DATA_FOLDER, FORMAT_VERSION, SPLITS, Manifest, load_manifest
+from fashion.data.rows import Split, to_table
+from fashion.reports import runs, schemas, tables
+from fashion.search import trial_store
 from fashion.search.space import SearchConfig
+from fashion.search.state import check_same_search, read_state, state_place, stored_settings, write_state
 from fashion.storage import Storage, read_parquet
 from fashion.training import checkpoint, metrics
 from fashion.training.checkpoint import DamagedCheckpoint
-from fashion.training.ema import begin_average
+from fashion.training.ema import start_ema
 from fashion.training.optimizer import build_optimizer
 from fashion.training.run import PROGRESS_FORMAT
 
@@ -205,7 +208,7 @@ def test_archives(tmp_path: Path) -> None:
         inside = rng.random() < 0.5
         content = gzip.compress(damaged(rng, raw), rng.choice([0, 1])) if inside else damaged(rng, packed)
         (tmp_path / name).write_bytes(content)
-        images, labels = data.read_pair(tmp_path, "train")
+        images, labels = archives.read_pair(tmp_path, "train")
         assert images.shape == (len(labels), 28, 28) and labels.max() < 10
 
     fuzz(parse, told="train")
@@ -216,7 +219,7 @@ def test_archives(tmp_path: Path) -> None:
 def test_an_archive_that_promises_the_world_costs_no_memory(tmp_path: Path, num_rows: int, sizes: tuple[int]) -> None:
     header = struct.pack(">4I", 2051, num_rows, *sizes)
     (tmp_path / IMAGES_FILE).write_bytes(gzip.compress(header))
-    assert memory_to_refuse(lambda: data.read_idx(tmp_path / IMAGES_FILE, magic=2051, shape=(28, 28))) < 2**20
+    assert memory_to_refuse(lambda: archives.read_idx(tmp_path / IMAGES_FILE, magic=2051, shape=(28, 28))) < 2**20
 
 
 def test_a_gzip_bomb_is_not_inflated(tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_a_gzip_bomb_is_not_inflated(tmp_path: Path) -> None:
     path = tmp_path / LABELS_FILE
     path.write_bytes(gzip.compress(struct.pack(">2I", 2049, 3)) + gzip.compress(bytes(10 << 20), 9) * 100)
     assert path.stat().st_size < 2 << 20
-    assert memory_to_refuse(lambda: data.read_idx(path, magic=2049, shape=())) < 2**20
+    assert memory_to_refuse(lambda: archives.read_idx(path, magic=2049, shape=())) < 2**20
 
 
 def memory_to_refuse(call: Callable[[], object]) -> int:
@@ -239,9 +242,9 @@ def memory_to_refuse(call: Callable[[], object]) -> int:
 # --- prepared data ----------------------------------------------------------------------------------------------------
 
 
-def rows_of(count: int) -> data.Split:
+def rows_of(count: int) -> Split:
     images = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
-    return data.Split(images, np.arange(count, dtype=np.uint8) % 10, np.arange(count, dtype=np.int32))
+    return Split(images, np.arange(count, dtype=np.uint8) % 10, np.arange(count, dtype=np.int32))
 
 
 def parquet(table: pa.Table, **options: Any) -> bytes:
@@ -259,13 +262,13 @@ def manifest_of(files: dict[str, bytes], rows: int) -> dict[str, Any]:
         "sha256": "0" * 64,
         "seed": 0,
         "val_rows": 10,
-        "rows": dict.fromkeys(data.SPLITS, rows),
-        "class_counts": {split: [rows, *([0] * 9)] for split in data.SPLITS},
+        "rows": dict.fromkeys(SPLITS, rows),
+        "class_counts": {split: [rows, *([0] * 9)] for split in SPLITS},
         "pixel_mean": 0.3,
         "pixel_std": 0.3,
-        "files": dict.fromkeys(data.SPLITS, sums),
+        "files": dict.fromkeys(SPLITS, sums),
         "archives": {},
-        "format_version": data.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
     }
 
 
@@ -273,11 +276,11 @@ def test_manifests(storage: Storage) -> None:
     valid = manifest_of({"part-000-0123456789ab.parquet": b""}, 10)
 
     def parse(rng: Random) -> None:
-        put(storage, hostile_json(rng, valid), *data.DATA_FOLDER, "manifest.json")
-        manifest = data.load_manifest(storage)
-        for split in data.SPLITS:
-            for path in data.split_paths(storage, manifest, split):
-                assert Path(path).parent == Path(storage.path(*data.DATA_FOLDER, split))
+        put(storage, hostile_json(rng, valid), *DATA_FOLDER, "manifest.json")
+        manifest = load_manifest(storage)
+        for split in SPLITS:
+            for path in splits.split_paths(storage, manifest, split):
+                assert Path(path).parent == Path(storage.path(*DATA_FOLDER, split))
 
     fuzz(parse, told="manifest.json")
 
@@ -285,19 +288,19 @@ def test_manifests(storage: Storage) -> None:
 def test_rows(storage: Storage) -> None:
     """With sums that fit, as whoever hands over prepared data could make them."""
     name = "part-000-0123456789ab.parquet"
-    table = data.to_table(rows_of(4))
+    table = to_table(rows_of(4))
     kinds = [{"compression": "zstd", "use_dictionary": False}, {"compression": "snappy"}, {"compression": "none"}]
     valid = [parquet(table, **options) for options in kinds]
     valid += [parquet(table.set_column(1, "label", pa.array([1, None, 3, 200], pa.uint8())))]
 
     def parse(rng: Random) -> None:
         content = damaged(rng, damaged_footer(rng, rng.choice(valid)))
-        put(storage, content, *data.DATA_FOLDER, "val", name)
-        manifest = config.build(data.Manifest, manifest_of({name: content}, 4))
-        rows = data.load_split(storage, manifest, "val")
+        put(storage, content, *DATA_FOLDER, "val", name)
+        manifest = config.build(Manifest, manifest_of({name: content}, 4))
+        rows = splits.load_split(storage, manifest, "val")
         assert rows.images.shape == (4, 28, 28) and rows.labels.max() < 10
 
-    fuzz(parse, told=storage.show(*data.DATA_FOLDER, "val"))
+    fuzz(parse, told=storage.show(*DATA_FOLDER, "val"))
 
 
 def damaged_footer(rng: Random, content: bytes) -> bytes:
@@ -336,7 +339,7 @@ def varint(number: int) -> bytes:
 
 # --- reports ----------------------------------------------------------------------------------------------------------
 
-RUN = {"kind": "train", "status": "completed", "config_json": report.config_json(TrainConfig()), "epochs_done": 3}
+RUN = {"kind": "train", "status": "completed", "config_json": runs.config_json(TrainConfig()), "epochs_done": 3}
 EPOCH = {"epoch": 1, "lr": 0.1, "epoch_time_s": 1.0, "data_wait_s": 0.0}
 EPOCHS = [EPOCH | {"split": split, "loss": 0.5, "accuracy": 0.8, "rows": 10} for split in ("train", "val")]
 TRIAL = {"search_id": "s", "trial_id": "t0000", "status": "completed", "settings_json": '{"lr": 0.1}', "wall_s": 1.0}
@@ -345,7 +348,7 @@ TRIAL = {"search_id": "s", "trial_id": "t0000", "status": "completed", "settings
 def test_reports(storage: Storage) -> None:
     prediction = {"split": "val", "index": 1, "label": 1, "predicted": 1, "probabilities": [0.1] * 10, "loss": 0.1}
     rows = {"runs": [RUN], "epochs": EPOCHS, "trials": [TRIAL], "predictions": [prediction] * 3}
-    valid = {table: bytes(report.encode(table, each)) for table, each in rows.items()}
+    valid = {table: bytes(tables.encode(table, each)) for table, each in rows.items()}
 
     def parse(rng: Random) -> None:
         table = rng.choice(list(valid))
@@ -353,10 +356,10 @@ def test_reports(storage: Storage) -> None:
         if rng.random() < 0.2:
             content = valid[rng.choice(list(valid))]
         elif rng.random() < 0.3:
-            content = parquet(strange_table(rng, report.SCHEMAS[table].names))
+            content = parquet(strange_table(rng, schemas.SCHEMAS[table].names))
         put(storage, content, "reports", table, "run_id=a", f"{table}.parquet")
-        found = report.read_table(storage, table, "a")
-        assert all(list(row) == report.SCHEMAS[table].names for row in found)
+        found = tables.read_table(storage, table, "a")
+        assert all(list(row) == schemas.SCHEMAS[table].names for row in found)
 
     fuzz(parse, told="is damaged")
 
@@ -380,7 +383,7 @@ def test_trials(storage: Storage) -> None:
     def put_rows(table: str, content: bytes) -> None:
         put(storage, content, "reports", table, "run_id=s-t0000", f"{table}.parquet")
 
-    put_rows("runs", bytes(report.encode("runs", [RUN])))
+    put_rows("runs", bytes(tables.encode("runs", [RUN])))
 
     def parse(rng: Random) -> None:
         epochs = [dict(row) for row in EPOCHS]
@@ -390,10 +393,10 @@ def test_trials(storage: Storage) -> None:
                 row[name] = rng.choice(values[name])
         trials = [TRIAL | {"settings_json": hostile_json(rng, {"lr": 0.1}).decode(errors="replace")}]
         if str(epochs) not in known:
-            known[str(epochs)] = bytes(report.encode("epochs", epochs))
+            known[str(epochs)] = bytes(tables.encode("epochs", epochs))
         put_rows("epochs", known[str(epochs)])
-        put_rows("trials", bytes(report.encode("trials", trials if rng.random() < 0.9 else [])))
-        opened = ledger.Ledger(storage, "s", space, {}, TrainConfig().to_dict())
+        put_rows("trials", bytes(tables.encode("trials", trials if rng.random() < 0.9 else [])))
+        opened = trial_store.TrialStore(storage, "s", space, {}, TrainConfig().to_dict())
         [trial] = opened.ranked()
         assert isinstance(trial.settings, dict)
         # Two epochs, where the val row of the first has become the train row of a second.
@@ -408,24 +411,24 @@ def test_trials(storage: Storage) -> None:
 def test_states_of_searches(storage: Storage) -> None:
     identity = {"dataset": "fashion-mnist", "dataset_sha256": "0", "source_hash": "0"}
     space = SearchConfig(padding=("zeros", "partial"), weight_decay=(0.1, 0.2), first=('{"lr": 0.1}',))
-    ledger.write_state(storage, "s", space, TrainConfig(), identity)
-    valid = json.loads(storage.read_bytes(*ledger.state_place("s")))
+    write_state(storage, "s", space, TrainConfig(), identity)
+    valid = json.loads(storage.read_bytes(*state_place("s")))
 
     def parse(rng: Random) -> None:
-        put(storage, hostile_json(rng, valid), *ledger.state_place("s"))
-        found, base = ledger.stored_settings(storage, "s")
+        put(storage, hostile_json(rng, valid), *state_place("s"))
+        found, base = stored_settings(storage, "s")
         check_settings(base)
         found.draw(0)
         assert found.rungs
         if rng.random() < 0.1:
-            ledger.check_same_search(storage, "s", found, base)
+            check_same_search(storage, "s", found, base)
 
     fuzz(parse, told="search.json")
 
 
 def check_settings(settings: TrainConfig) -> None:
     """Make sure that settings which were let in are of use."""
-    assert TrainConfig.from_dict(json.loads(report.config_json(settings))) == settings
+    assert TrainConfig.from_dict(json.loads(runs.config_json(settings))) == settings
     settings.steps_per_epoch(2**62)
     model = nn.Linear(2, 2)
     if settings.optimizer != "muon":
@@ -452,7 +455,7 @@ def test_settings_of_runs(storage: Storage) -> None:
     def parse(rng: Random) -> None:
         text = hostile_json(rng, valid).decode(errors="replace")
         row = RUN | {"config_json": text if rng.random() < 0.95 else None}
-        check_settings(report.config_of(storage, "a", row))
+        check_settings(runs.config_of(storage, "a", row))
 
     fuzz(parse, told=storage.show("reports", "runs", "run_id=a"))
 
@@ -495,7 +498,7 @@ def restored(
     """Restore from `files` and take any progress: what it holds is `fit`'s to judge."""
 
     def read_file(name: str) -> bytes:
-        if name not in files:  # as a keeper's reader says it
+        if name not in files:  # as the checkpoint manager's reader says it
             raise DamagedCheckpoint(f"checkpoint file {name} is missing")
         return files[name]
 
@@ -515,7 +518,7 @@ def make(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 def make_averaged(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
     """Return the same, but the network that is trained last, and an average of it first."""
     trained, made = make(optimizer)
-    average = begin_average(trained)
+    average = start_ema(trained)
     for parameter in average.parameters():
         parameter.mul_(0.5)
     return average, made, trained
@@ -658,7 +661,7 @@ def test_no_id_leads_out_of_the_storage(storage: Storage, name: str) -> None:
             if not name and not more:
                 continue  # stands for a name of our own
             assert outcome(lambda m=module, n=named, x=more: m.main([*flags, f"{n}={name}", *x]), named) == "refused"
-    assert outcome(lambda: ledger.read_state(storage, name), "--search-id") == "refused"
+    assert outcome(lambda: read_state(storage, name), "--search-id") == "refused"
     assert not Path(storage.root).exists()
 
 
@@ -683,14 +686,14 @@ def test_a_storage_gives_no_path_that_lies_elsewhere(storage: Storage, name: str
 def test_a_run_is_evaluated_from_its_own_checkpoint_alone(storage: Storage, place: str) -> None:
     from fashion.inference import evaluation
 
-    row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": place}
+    row = dict.fromkeys(schemas.SCHEMAS["runs"].names) | RUN | {"checkpoint": place}
     assert outcome(lambda: evaluation.check_run(storage, "a", row), "--run-id a") == "refused"
 
 
 def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(storage: Storage) -> None:
     from fashion.inference import evaluation
 
-    row = dict.fromkeys(report.SCHEMAS["runs"].names) | RUN | {"checkpoint": "runs/a/epoch-0001"}
+    row = dict.fromkeys(schemas.SCHEMAS["runs"].names) | RUN | {"checkpoint": "runs/a/epoch-0001"}
     for name, content in checkpoint.encode(*make("adam"), PROGRESS).items():
         assert outcome(lambda: evaluation.check_run(storage, "a", row), "no whole checkpoint") == "refused"
         put(storage, content, "runs", "a", "epoch-0001", name)

@@ -1,4 +1,4 @@
-"""Layers point one way: which module may load what, seen from a fresh interpreter."""
+"""Layers point one way: which package imports which, and what each may load, seen from a fresh interpreter."""
 
 import ast
 import subprocess
@@ -10,124 +10,101 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.commands
 
-# Heavy packages in the order in which layers may load them -> the modules that may load no later one.
-LAYERS: dict[str, list[str]] = {
-    "nothing": [
-        "config",
-        "ablation",
-        "cluster",
-        "data",
-        "distributed",
-        "inference",
-        "model",
-        "reports",
-        "reports.page",
-        "search",
-        "training",
-        "cli",
-        "training.metrics",
-        "search.space",
-        "distributed.watchdog",
-        "data.synthetic",
-        "ablation.parts",
-        "reports.console",
-        "cluster.head",
-        "reports.page.figures",
-        "reports.page.drawing",
-        "reports.page.html",
-        "bench",
-        "bench.peers",
-        "bench.startup",
-        "jobs.prepare",
-        "jobs.train",
-        "jobs.tune",
-        "jobs.evaluate",
-        "jobs.bench",
-        "jobs.report",
-        "jobs.study",
-    ],
-    "pyarrow": [
-        "cluster.lock",
-        "storage",
-        "data.prepare",
-        "reports.tables",
-        "search.trial_store",
-        "reports.page.sections",
-        "bench.peer_keras",
-    ],
-    "torch": [
-        "training.ema",
-        "model.dropout",
-        "model.network",
-        "training.epoch",
-        "training.optimizer",
-        "model.winograd",
-        "training.checkpoint",
-        "distributed.shared_memory",
-        "training.run",
-        "training.checkpoint_manager",
-        "bench.measurement",
-        "bench.peer_ddp",
-    ],
-    "ray": [
-        "bench.others",
-        "bench.rows",
-        "bench.steps",
-        "bench.timing",
-        "bench.trials",
-        "cluster.plan",
-        "ablation.statistics",
-        "inference.evaluation",
-        "inference.export",
-        "distributed.interfaces",
-        "cluster.preflight",
-        "reports.progress",
-        "search.search",
-        "search.scheduler",
-        "ablation.study",
-        "distributed.lean_trainer",
-        "reports.tracking",
-        "distributed.trainer",
-        "search.trial",
-        "distributed.worker",
-    ],
+# A package imports itself and what stands above it in this table, never what stands below. Beside each: what importing
+# all of its modules may load besides what those above it may.
+PACKAGES: dict[str, set[str]] = {
+    "config": set(),
+    "cli": set(),
+    "storage": {"pyarrow"},
+    "data": {"pyarrow"},
+    "model": {"torch"},
+    "training": set(),
+    "reports": set(),
+    "cluster": {"ray", "pandas"},
+    "inference": set(),
+    "distributed": set(),
+    "search": set(),
+    "ablation": {"scipy"},
+    "bench": set(),
 }
-HEAVY = ("pyarrow", "plotly", "torch", "ray", "torchvision", "pandas", "scipy")
+HEAVY = ("pyarrow", "plotly", "matplotlib", "torch", "ray", "torchvision", "pandas", "scipy")
+# Modules of the packages above that others rely on to load quickly: commands import them before they parse.
+LIGHT = ("fashion.search.space", "fashion.ablation.parts", "fashion.training.metrics", "fashion.cluster.head")
 
 
-def qualified(name: str) -> str:
-    return name if name.startswith("jobs.") else f"fashion.{name}"
+def modules_of(package: str) -> list[str]:
+    """Return the dotted names of a package's modules."""
+    place = ROOT / "fashion" / package
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return [name.removesuffix(".__init__") for name in names]
 
 
-def loaded_after(*layers: str) -> list[str]:
-    """Return the heavy packages that a fresh interpreter has loaded after importing all modules of `layers`."""
-    modules = [qualified(name) for layer in layers for name in LAYERS[layer]]
-    code = f"import sys, {', '.join(modules)}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+def loaded_by(*groups: list[str]) -> list[set[str]]:
+    """Return the heavy packages that a fresh interpreter has loaded after importing each group of modules in turn."""
+    lines = ["import sys"]
+    for modules in groups:
+        lines += [f"import {name}" for name in modules]
+        lines += [f"print(*[name for name in {HEAVY!r} if name in sys.modules])"]
+    code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return done.stdout.split()
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return the project's modules that a file imports anywhere in it."""
+    """Return the project's modules that a file imports anywhere in it, for type checkers included."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.split(".")[0] in ("fashion", "jobs")}
 
 
-def test_a_layer_loads_only_what_it_may() -> None:
-    assert loaded_after("nothing") == []
-    assert loaded_after("nothing", "pyarrow") == ["pyarrow"]
-    assert loaded_after("nothing", "pyarrow", "torch") == ["pyarrow", "torch"]
+def packages_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("fashion.")}
 
 
-def test_every_module_has_its_layer() -> None:
-    files = {path.relative_to(ROOT / "fashion").with_suffix("") for path in (ROOT / "fashion").rglob("*.py")}
-    modules = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"__init__"}
-    assert modules == {name for names in LAYERS.values() for name in names if not name.startswith("jobs.")}
+def files_of(package: str) -> list[Path]:
+    place = ROOT / "fashion" / package
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+    allowed = set(list(PACKAGES)[: list(PACKAGES).index(package) + 1])
+    for file in files_of(package):
+        assert packages_of(imports_of(file)) <= allowed, file
+
+
+def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("def late():\n    from fashion.bench import steps\n    import jobs.train\n")
+    assert packages_of(imports_of(file)) == {"bench"}
+    assert "jobs.train" in imports_of(file)
+
+
+def test_a_package_loads_only_what_it_may() -> None:
+    """The reports by themselves as well: who reads them needs neither Ray nor torch."""
+    allowed: set[str] = set()
+    for package, loaded in zip(PACKAGES, loaded_by(*map(modules_of, PACKAGES)), strict=True):
+        allowed |= PACKAGES[package]
+        assert loaded <= allowed, package
+    assert loaded_by(modules_of("reports")) == [{"pyarrow"}]
+
+
+def test_commands_and_what_they_need_to_parse_load_nothing_heavy() -> None:
+    jobs = [f"jobs.{path.stem}" for path in sorted((ROOT / "jobs").glob("*.py")) if path.stem != "__init__"]
+    assert loaded_by([*jobs, *LIGHT]) == [set()]
+
+
+def test_every_package_has_its_layer_and_modules_have_their_size() -> None:
+    top = {
+        path.stem for path in (ROOT / "fashion").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert top - {"__init__"} == set(PACKAGES)
+    assert len(list((ROOT / "fashion").glob("*.py"))) <= 6
 
 
 def test_the_library_never_imports_a_job_and_jobs_never_each_other() -> None:

@@ -25,12 +25,12 @@ from conftest import assert_refused, run_job, wait_for
 from drivers import Driver, Outcome, assert_unharmed, prepare_small
 from pyarrow import fs as pafs
 
-from fashion.cluster.lock import Claim
+from fashion.cluster.lock import NameLock
 from fashion.config import UserError
-from fashion.reports import tables as report
+from fashion.reports import runs, tables
 from fashion.reports.page import sections as plots
 from fashion.storage import Storage, open_storage
-from fashion.training.checkpoint_manager import Keeper
+from fashion.training.checkpoint_manager import CheckpointManager
 
 SERVER = os.environ.get("MOTO_SERVER", "")
 pytestmark = [
@@ -151,8 +151,8 @@ def test_it_shows_a_place_as_a_uri_that_opens(place: Storage) -> None:
 def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
     place = open_storage(uri_of(port, "bucket/claims"))
 
-    def claim() -> Claim:
-        return Claim(place, "runs", "mine", "--run-id", beat_s=1.0)
+    def claim() -> NameLock:
+        return NameLock(place, "runs", "mine", "--run-id", beat_s=1.0)
 
     with claim():
         owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
@@ -212,13 +212,13 @@ def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
     def write() -> None:
         while not over.is_set():
             for rows in versions:
-                report.write_table(place, "epochs", "mine", rows)
+                tables.write_table(place, "epochs", "mine", rows)
 
-    report.write_table(place, "epochs", "mine", versions[0])
+    tables.write_table(place, "epochs", "mine", versions[0])
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        seen = {len(report.read_table(place, "epochs", "mine")) for _ in range(40)}
+        seen = {len(tables.read_table(place, "epochs", "mine")) for _ in range(40)}
         seen |= {len(rows) for _ in range(40) for _, rows in plots.read_files(place, "epochs")}
     finally:
         over.set()
@@ -319,15 +319,15 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     first = Driver(remote, "one")
     first.wait_for(first.workers)
     owner = f"--run-id one is in use by process {first.process.pid} of"
-    with pytest.raises(UserError, match=owner), Claim(remote, "runs", "one", "--run-id", beat_s=2.0):
+    with pytest.raises(UserError, match=owner), NameLock(remote, "runs", "one", "--run-id", beat_s=2.0):
         pass  # it renews its note each 5 s, and is watched for 6
-    keeper = Keeper(remote, ("runs", "one"), newest=2)
-    earlier = first.wait_for(lambda: keeper.newest_whole()[0])
+    manager = CheckpointManager(remote, ("runs", "one"), newest=2)
+    earlier = first.wait_for(lambda: manager.newest_whole()[0])
     first.process.kill()
     first.wait()
-    assert report.load_run(remote, "one")["status"] == "running"
+    assert runs.load_run(remote, "one")["status"] == "running"
     again = Driver(remote, "one")
-    again.wait_for(lambda: keeper.newest_whole()[0] != earlier)
+    again.wait_for(lambda: manager.newest_whole()[0] != earlier)
     store[1].send_signal(signal.SIGSTOP)
     time.sleep(SILENT_S)
     store[1].send_signal(signal.SIGCONT)
@@ -335,7 +335,7 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     assert again.process.returncode == 0, said
     assert said.count("goes on from checkpoint epoch-") == 1, "the silence was waited out, without another try"
     assert_unharmed(remote, "one", unbroken)
-    far, near = report.load_run(remote, "one"), report.load_run(small_storage, "unbroken")
+    far, near = runs.load_run(remote, "one"), runs.load_run(small_storage, "unbroken")
     assert (far["world_size"], far["test_loss"], far["test_rows"]) == (2, near["test_loss"], 500)
 
 

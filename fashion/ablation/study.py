@@ -20,7 +20,8 @@ from fashion.ablation.statistics import mcnemar, paired_effect
 from fashion.cluster.plan import Plan
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, preset, require
 from fashion.distributed import trainer
-from fashion.reports import tables as report
+from fashion.reports import provenance, schemas, tables
+from fashion.reports.runs import differing_settings, find_run, load_run
 from fashion.storage import Storage
 
 Row = dict[str, Any]
@@ -76,12 +77,12 @@ def carry_out(
                     scale,
                     faults=faults,
                     source=source,
-                    resume=report.find_run(storage, run_id) is not None,
+                    resume=find_run(storage, run_id) is not None,
                     kind="study",
                     announce=functools.partial(announce, run_id),
                 )
             rows = part_rows(storage, study_id, name, part, seed + 1)
-            report.write_table(storage, "study", f"{study_id}-{name}", rows)
+            tables.write_table(storage, "study", f"{study_id}-{name}", rows)
         yield name, rows
 
 
@@ -90,8 +91,8 @@ def check_same_settings(storage: Storage, study_id: str, parts: Mapping[str, Par
     for name, part in parts.items():
         for arm, seed in itertools.product(part.arms, range(size.seeds)):
             run_id = run_id_of(study_id, name, arm, seed)
-            if report.find_run(storage, run_id) is not None:
-                differing = report.differing_settings(storage, run_id, config_of(part, arm, size, seed))
+            if find_run(storage, run_id) is not None:
+                differing = differing_settings(storage, run_id, config_of(part, arm, size, seed))
                 require(
                     not differing,
                     f"--study-id {study_id} has {run_id} with other settings: {', '.join(differing)}; "
@@ -102,14 +103,13 @@ def check_same_settings(storage: Storage, study_id: str, parts: Mapping[str, Par
 def part_rows(storage: Storage, study_id: str, name: str, part: Part, seeds: int) -> list[Row]:
     """Return the rows of a part whose runs of the first `seeds` seeds are complete."""
     runs = {
-        arm: [report.load_run(storage, run_id_of(study_id, name, arm, seed)) for seed in range(seeds)]
-        for arm in part.arms
+        arm: [load_run(storage, run_id_of(study_id, name, arm, seed)) for seed in range(seeds)] for arm in part.arms
     }
     first = next(iter(part.arms))
     rights = {arm: rights_of(storage, run_id_of(study_id, name, arm, 0)) for arm in part.arms}
     rows = []
     for arm, own in runs.items():
-        row: Row = dict.fromkeys(report.SCHEMAS["study"].names)
+        row: Row = dict.fromkeys(schemas.SCHEMAS["study"].names)
         row |= {"study_id": study_id, "part": name, "arm": arm, "settings_json": json.dumps(part.arms[arm])}
         row |= figures(own) | course(storage, [run_id_of(study_id, name, arm, seed) for seed in range(seeds)])
         if arm != first:
@@ -127,7 +127,7 @@ def figures(runs: Sequence[Row]) -> Row:
         values = [run[name] for run in runs]
         row |= {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
     # Of a study that was continued elsewhere, or with other code, all are named.
-    shared = ("preset", "precision", "hardware", "dataset_sha256", *report.versions(), "source_hash")
+    shared = ("preset", "precision", "hardware", "dataset_sha256", *provenance.versions(), "source_hash")
     row |= {name: ", ".join(sorted({str(run[name]) for run in runs})) for name in shared}
     return row | {"num_parameters": runs[0]["num_parameters"]}
 
@@ -146,7 +146,7 @@ def course(storage: Storage, run_ids: Sequence[str]) -> Row:
 
     That turning point is the epoch of the lowest val loss, the median over the runs.
     """
-    epochs = [report.read_table(storage, "epochs", run_id) for run_id in run_ids]
+    epochs = [tables.read_table(storage, "epochs", run_id) for run_id in run_ids]
     turns = [min((row["loss"], row["epoch"]) for row in rows if row["split"] == "val")[1] for rows in epochs]
     trained = [row for row in epochs[0] if row["split"] == "train"]
     return {"epochs": len(trained), "train_rows": trained[0]["rows"], "turning_epoch": float(statistics.median(turns))}
@@ -154,6 +154,6 @@ def course(storage: Storage, run_ids: Sequence[str]) -> Row:
 
 def rights_of(storage: Storage, run_id: str) -> NDArray[np.bool_]:
     """Return which test images (n,) a run has right, in the order of their index."""
-    rows = [row for row in report.read_table(storage, "predictions", run_id) if row["split"] == "test"]
+    rows = [row for row in tables.read_table(storage, "predictions", run_id) if row["split"] == "test"]
     rows.sort(key=lambda row: row["index"])
     return np.array([row["label"] == row["predicted"] for row in rows])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fashion.config import IMAGE_SIZE
-from fashion.reports import tables as report
+from fashion.reports import provenance
 
 Rates = dict[str, list[float]]
 """Per side of a comparison, its rate in each repeat."""
@@ -41,10 +41,10 @@ class Measurement:
             "repeats": len(ratios),
             "target": self.target or None,
             "met": ratio >= self.target if self.target else None,
-            "hardware": report.hardware(),
+            "hardware": provenance.hardware(),
             "threads": self.threads,
-            "source_hash": report.source_hash(),
-        } | report.versions()
+            "source_hash": provenance.source_hash(),
+        } | provenance.versions()
 
 
 def inverse(seconds: list[float]) -> list[float]:

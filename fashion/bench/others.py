@@ -32,7 +32,7 @@ from fashion.bench.steps import STEPS, first_batches
 from fashion.bench.timing import in_workers, time_loop, together
 from fashion.config import RAY_ENVIRONMENT, ScaleConfig, TrainConfig, preset, require
 from fashion.distributed import worker
-from fashion.reports import tables as report
+from fashion.reports import runs
 from fashion.storage import Storage, open_storage
 
 ALLOWED_S = 3.0
@@ -209,7 +209,7 @@ def time_to_accuracy(storage: Storage, scale: ScaleConfig, repeats: int) -> list
         begun = time.perf_counter()
         run_and_read([sys.executable, "-m", "jobs.train", *job_flags(folder, scale, "timed")], dict(os.environ))
         seconds = time.perf_counter() - begun
-        accuracy = report.load_run(open_storage(folder), "timed")["test_accuracy"]
+        accuracy = runs.load_run(open_storage(folder), "timed")["test_accuracy"]
     print(f"j: the job took {seconds:.0f} s to test accuracy {accuracy:.4f}")
     ours = inverse([seconds])[0] if accuracy >= PUBLISHED_ACCURACY else 0.0
     reference = (

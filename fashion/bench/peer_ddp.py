@@ -19,10 +19,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fashion.bench import peers
 from fashion.config import NUM_CLASSES
-from fashion.data import prepare as data
+from fashion.data import splits
+from fashion.data.manifest import load_manifest
+from fashion.data.rows import Split
 from fashion.model.network import NUM_PARAMETERS, count_parameters
 from fashion.storage import open_storage
-from fashion.training.epoch import Batch, autocast
+from fashion.training.batches import Batch
+from fashion.training.loop import autocast
 
 
 def network() -> nn.Sequential:
@@ -39,7 +42,7 @@ def network() -> nn.Sequential:
     return model
 
 
-def torchvision_dataset(split: data.Split, mean: float, std: float) -> Dataset[tuple[Tensor, int]]:
+def torchvision_dataset(split: Split, mean: float, std: float) -> Dataset[tuple[Tensor, int]]:
     """Return torchvision's `FashionMNIST` over rows of the storage: the rows that the job trains on.
 
     Its own `__getitem__` makes a PIL image of each row and transforms it; only where its arrays come from is replaced,
@@ -95,8 +98,8 @@ def main() -> None:
     model = DistributedDataParallel(network().to(device, memory_format=layout))  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=flags.tuned)
     storage = open_storage(flags.storage)
-    manifest = data.load_manifest(storage)
-    rows = data.load_split(storage, manifest, "train")
+    manifest = load_manifest(storage)
+    rows = splits.load_split(storage, manifest, "train")
     dataset = torchvision_dataset(rows, manifest.pixel_mean, manifest.pixel_std)
     batches = endless(dataset, flags.batch_size // dist.get_world_size())
     for steps in questions_to_all():

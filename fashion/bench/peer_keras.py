@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from fashion.bench import peers
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, preset
-from fashion.data import prepare as data
+from fashion.data.manifest import load_manifest
+from fashion.data.rows import joined
+from fashion.data.splits import load_split
 from fashion.storage import Storage, open_storage
 
 NUM_PARAMETERS = 7_001_194  # of model.NUM_PARAMETERS, which would load torch
@@ -52,8 +54,8 @@ def compiled_network() -> Any:
 
 def rows_of(storage: Storage, *splits: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Return the images (N, 28, 28, 1) in 0..1 and the labels (N,) of some splits together."""
-    manifest = data.load_manifest(storage)
-    rows = data.joined(*(data.load_split(storage, manifest, split) for split in splits))
+    manifest = load_manifest(storage)
+    rows = joined(*(load_split(storage, manifest, split) for split in splits))
     return (rows.images[..., np.newaxis] / np.float32(255)).astype(np.float32), rows.labels
 
 

@@ -32,18 +32,21 @@ def read_notes(text: str) -> dict[str, float]:
 
 def run_job(path: str, flags: list[str]) -> None:
     """Run `jobs.train`, and note when its imports are done, Ray is there, the loop starts, and a first step is done."""
-    from fashion.cluster import plan as cluster
+    from fashion.cluster import connection
     from fashion.distributed import trainer
 
     note(path, "imported")
-    connect = cluster.connect
+    connect = connection.connect
 
     def watched_connect() -> None:
         connect()
         note(path, "connected")
 
     sys.argv = ["jobs.train", *flags]
-    with patch.object(cluster, "connect", watched_connect), patch.object(trainer, "train_loop_per_worker", watch(path)):
+    with (
+        patch.object(connection, "connect", watched_connect),
+        patch.object(trainer, "train_loop_per_worker", watch(path)),
+    ):
         runpy.run_module("jobs.train", run_name="__main__", alter_sys=True)
 
 
@@ -60,7 +63,7 @@ def watch(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
             if (epoch, step) == (1, 1):
                 note(path, "step")
 
-        with patch.object(fit.Run, "ignore_step", staticmethod(on_step)):
+        with patch.object(fit.TrainingRun, "ignore_step", staticmethod(on_step)):
             return worker.train_loop_per_worker(settings)
 
     return train_loop_per_worker

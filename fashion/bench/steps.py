@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fashion.bench.measurement import Measurement, Rates, alternate, inverse, step_flops
 from fashion.bench.timing import in_workers, one_batch, run_group, time_loop, time_steps, together
-from fashion.cluster import plan as cluster
+from fashion.cluster import connection
 from fashion.config import IMAGE_SIZE, ScaleConfig, TrainConfig
-from fashion.data import prepare as data
-from fashion.distributed import worker
+from fashion.data import manifest, splits
+from fashion.distributed import ingest, worker
 from fashion.storage import Storage
 from fashion.training import run as fit
-from fashion.training.epoch import Batch
+from fashion.training.batches import Batch
 
 STEPS = 60
 # Sides of the square matrices whose product is timed, the fastest of which is the limit, and operations per side.
@@ -106,7 +106,7 @@ def time_job_and_step(settings: dict[str, Any]) -> Rates:
     return alternate(sides, settings["repeats"])
 
 
-def first_batches(run: fit.Run, epoch: int, steps: int) -> "itertools.islice[Batch]":
+def first_batches(run: fit.TrainingRun, epoch: int, steps: int) -> "itertools.islice[Batch]":
     """Return the first `steps` batches of an epoch."""
     return itertools.islice(run.rows.train_batches(epoch), steps)
 
@@ -121,7 +121,7 @@ def ingest_vs_naive_ray(storage: Storage, scale: ScaleConfig, repeats: int) -> l
     Both in the same workers, which take half a CPU each: what reads for Ray Data needs one as well.
     """
     config = TrainConfig(epochs=1)
-    dataset = data.open_dataset(storage, data.load_manifest(storage), "train").map_batches(decode)
+    dataset = splits.open_dataset(storage, manifest.load_manifest(storage), "train").map_batches(decode)
     rates, threads = in_workers(
         time_resident_and_streamed,
         storage,
@@ -174,7 +174,7 @@ def time_batches_and_selects(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate the job's batches and plain selections; return images/s of all ranks."""
     worker.prepare_process(settings["threads"])
     run = worker.start_run(settings)
-    images, labels = worker.pull_shard("train", settings, run.rank)
+    images, labels = ingest.pull_shard("train", settings, run.rank)
     size = run.config.global_batch_size // run.rank.world_size
     chosen = torch.randperm(len(labels))[: run.steps * size].to(run.rank.device).view(run.steps, size)
 
@@ -193,7 +193,7 @@ def time_batches_and_selects(settings: dict[str, Any]) -> Rates:
 EPOCHS_A_SIDE = 4  # one alone would be over in a tenth of a second
 
 
-def batches_rate(run: fit.Run, repeat: int) -> float:
+def batches_rate(run: fit.TrainingRun, repeat: int) -> float:
     """Return images/s, over all ranks, of the job's batches of a few epochs."""
 
     def work() -> None:
@@ -283,7 +283,7 @@ def time_control(width: int, cpus: float, repeats: int) -> list[float]:
 
 def time_reports(settings: dict[str, Any]) -> Rates:
     """Run on every worker: a step of a tiny model and a report are an epoch; return seconds an epoch, per repeat."""
-    cluster.quieten()
+    connection.quieten()
     fit.prepare_process(1)
     model = ray.train.torch.prepare_model(nn.Linear(8, 1))
     inputs = torch.ones(4, 8, device=ray.train.torch.get_device())

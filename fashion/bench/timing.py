@@ -12,14 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fashion.bench.measurement import Rates
-from fashion.cluster import plan as cluster
+from fashion.cluster.plan import make_plan
 from fashion.config import ScaleConfig, TrainConfig
-from fashion.data import prepare as data
+from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer
-from fashion.distributed.lean_trainer import Trainer
+from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.storage import Storage
-from fashion.training import epoch as loop
+from fashion.training import loop
 from fashion.training import run as fit
+from fashion.training.batches import Batch
 
 
 def in_workers(
@@ -35,8 +36,8 @@ def in_workers(
     `settings` is what the workers of a run are told (`trainer.worker_settings`), and `told`.
     """
     scale.check_batch(config.global_batch_size)
-    manifest = data.load_manifest(storage)
-    plan = cluster.make_plan(config, scale, manifest)
+    manifest = load_manifest(storage)
+    plan = make_plan(config, scale, manifest)
     settings = trainer.worker_settings(storage, manifest, config, plan) | told
     return run_group(work, settings, trainer.scaling_config(plan), datasets), plan.threads_per_worker * max(
         plan.num_workers
@@ -52,7 +53,7 @@ def run_group(
     """Run `work(settings)` on a worker group of its own; return what rank 0 returns."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ray.train.LoggingConfig(log_level="WARNING")
-        result = Trainer(
+        result = LeanTrainer(
             work,
             train_loop_config=settings,
             datasets=datasets or {},
@@ -75,12 +76,12 @@ def together(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def one_batch(run: fit.Run, steps: int) -> list[loop.Batch]:
+def one_batch(run: fit.TrainingRun, steps: int) -> list[Batch]:
     """Return the same pre-made batch for each of `steps`."""
     return [next(iter(run.rows.train_batches(1)))] * steps
 
 
-def time_steps(run: fit.Run, batches: list[loop.Batch]) -> None:
+def time_steps(run: fit.TrainingRun, batches: list[Batch]) -> None:
     """Forward, backward and update on each batch, and nothing else."""
     run.wrapped.train()
     for images, labels in batches:
@@ -92,7 +93,7 @@ def time_steps(run: fit.Run, batches: list[loop.Batch]) -> None:
         run.update()
 
 
-def time_loop(run: fit.Run, batches: Iterator[loop.Batch]) -> None:
+def time_loop(run: fit.TrainingRun, batches: Iterator[Batch]) -> None:
     """The loop that a run trains with."""
     loop.train_one_epoch(
         run.wrapped,

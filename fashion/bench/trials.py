@@ -13,12 +13,12 @@ import ray.tune
 from pyarrow import fs as pafs
 
 from fashion.bench.measurement import Measurement, inverse
-from fashion.cluster import plan as cluster
 from fashion.config import ScaleConfig, TrainConfig, require
-from fashion.data import prepare as data
+from fashion.data.manifest import load_manifest
 from fashion.distributed import worker
-from fashion.reports import tables as report
+from fashion.reports.runs import load_run
 from fashion.search import search, trial
+from fashion.search.plan import make_search_plan
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.trial_store import name_of
 from fashion.storage import Storage, open_storage
@@ -41,7 +41,7 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
         scratch = open_storage(folder)
         Path(folder, "data").symlink_to(storage.path("data"))
         search.search(scratch, "bench", config, base, one_at_a_time, source="auto")
-        runs = [report.load_run(scratch, f"bench-{name_of(number)}") for number in range(repeats + 1)]
+        runs = [load_run(scratch, f"bench-{name_of(number)}") for number in range(repeats + 1)]
     bare = bare_loops(storage, replace(base, epochs=2), one_at_a_time, repeats)
     trials = [run["wall_s"] for run in runs[1:]]
     starts = [(after["started_at"] - before["finished_at"]).total_seconds() for before, after in pairwise(runs)]
@@ -61,8 +61,8 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
 
 def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeats: int) -> list[float]:
     """Return the seconds that `repeats` bare loops take, one after another in one process, after one that warms up."""
-    manifest = data.load_manifest(storage)
-    plan = cluster.make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
+    manifest = load_manifest(storage)
+    plan = make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
     shared = search.shared_by_trials(storage, "bare", SearchConfig(), config, plan, manifest)
     looper = ray.remote(num_cpus=plan.trial.cpus_per_worker)(time_bare_loop)
     return list(ray.get(looper.remote(config.to_dict(), shared, repeats)))

@@ -26,7 +26,7 @@ FOLDER = ".claims"
 BEAT_S = 5.0
 
 
-class Claim:
+class NameLock:
     """Within its `with` block, nobody else can claim the same name. Raises `UserError` if somebody has."""
 
     def __init__(self, storage: Storage, folder: str, name: str, flag: str, *, beat_s: float = BEAT_S) -> None:

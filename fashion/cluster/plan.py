@@ -1,72 +1,13 @@
-"""The Ray cluster: connect to it, see what it holds, and refuse what it cannot run before anything starts."""
+"""What a run will occupy: fit it to the live cluster, or refuse it with the numbers before anything starts."""
 
-import logging
-import os
-import secrets
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import ray
 import torch
 
-from fashion.config import RAY_ENVIRONMENT, ScaleConfig, TrainConfig, require
-from fashion.data.prepare import Manifest
-from fashion.search.space import SearchConfig, SearchScale
-from fashion.training import epoch as loop
-
-# Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
-CHECKPOINT_MB = 92
-AVERAGE_MB = 31  # the weights once more, where an average of them is evaluated
-# Memory of the process that a trial with workers of its own adds to them.
-NESTED_TRIAL_BYTES = 1_000_000_000
-
-
-def connect(num_cpus: int | None = None) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start one here with token authentication and no dashboard.
-
-    `num_cpus` gives a cluster that starts here so many logical CPUs in place of the machine's own number.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The workers run the environment that the driver runs; without this Ray would build it anew under `uv run`.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if not ray.is_initialized():
-        # Workers' output stays in Ray's log folder: what a person needs comes back as rows, results and exceptions.
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS", "local") == "local":
-            provide_token()
-            options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
-            # Nobody reclaims this machine, so nobody need watch for it.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # Nor is its GCS ever started again: what misses it, as after the death of this process, may end soon.
-            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-            for name, value in RAY_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-        ray.init(**options)
-    quieten()
-
-
-def quieten() -> None:
-    """Keep Ray Data's and Ray Train's narration out of this process' output; warnings stay."""
-    import ray.data  # takes 2 s, which a process that only evaluates is spared
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns that the bars are off, as was asked.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def provide_token() -> None:
-    """Give a cluster that starts here a token of its own, unless the user has one.
-
-    Ray 2.60 turns token authentication on for such a cluster by itself, and would write a token into the home folder.
-    """
-    has_file = (Path.home() / ".ray" / "auth_token").exists()
-    if not has_file and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.data.manifest import Manifest
+from fashion.training import loop
 
 
 @dataclass(frozen=True)
@@ -154,81 +95,6 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         cluster_gpus=gpus,
         num_nodes=len(nodes),
         dataset=f"{manifest.dataset} ({manifest.sha256[:12]})",
-    )
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """What a search will occupy."""
-
-    trial: Plan
-    """One trial."""
-    num_trials: int
-    concurrent: int
-    """Trials at a time."""
-    gpus_per_trial: float
-    rungs: list[int]
-    judge_by: str
-    max_epochs: int
-    checkpoint_mb: int
-    """Size of one checkpoint."""
-
-    def process_resources(self) -> dict[str, float]:
-        """Return what Ray reserves for a trial's own process: no CPU if its workers are processes of their own."""
-        if self.trial.num_workers[0] > 1:
-            return {"memory": NESTED_TRIAL_BYTES}
-        return {"CPU": self.trial.cpus_per_worker} | ({"GPU": self.gpus_per_trial} if self.gpus_per_trial else {})
-
-    def lines(self) -> list[str]:
-        """Return the plan in words, one fact a line."""
-        workers = self.trial.num_workers[0]
-        each = f"{workers} worker(s) of {self.trial.cpus_per_worker:g} CPU"
-        each += f" and {self.gpus_per_trial:g} GPU(s)" if self.gpus_per_trial else ""
-        own = {line.split()[0]: line for line in self.trial.lines()}
-        judged = ", ".join(str(rung) for rung in self.rungs)
-        judged_by = "accuracy and loss" if self.judge_by == "both" else self.judge_by
-        return [
-            own["cluster"],
-            f"trials     {self.num_trials}, {self.concurrent} at a time, each {each}, "
-            f"{self.trial.threads_per_worker} thread(s)",
-            f"epochs     {self.max_epochs} at most, judged after {judged} by {judged_by} of val",
-            own["batch"],
-            own["data"],
-            own["precision"],
-            f"disk       {2 * self.concurrent} checkpoints at most, of unfinished trials, about "
-            f"{2 * self.concurrent * self.checkpoint_mb / 1000:.1f} GB",
-        ]
-
-
-def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale, manifest: Manifest) -> SearchPlan:
-    """Fit a search to the live cluster; raises `UserError` with the numbers when not even one trial fits."""
-    workers = config.workers_per_trial
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus_each = scale.gpus_per_trial / workers
-    places = sum(worker_places(node, scale.cpus_per_worker, gpus_each) for node in nodes)
-    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    require(
-        places >= workers,
-        f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not fit: "
-        f"the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; lower one of them",
-    )
-    one = make_plan(
-        base, ScaleConfig(num_workers=str(workers), cpus_per_worker=scale.cpus_per_worker, use_gpu="no"), manifest
-    )
-    use_gpu = scale.gpus_per_trial > 0
-    concurrent = min(places // workers, config.num_samples)
-    if workers > 1:
-        memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
-        concurrent = max(1, min(concurrent, memory))
-    return SearchPlan(
-        trial=replace(one, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
-        num_trials=config.num_samples,
-        concurrent=min(concurrent, scale.max_concurrent or concurrent),
-        gpus_per_trial=scale.gpus_per_trial,
-        rungs=config.rungs,
-        judge_by=config.judge_by,
-        max_epochs=config.max_epochs,
-        checkpoint_mb=CHECKPOINT_MB + (AVERAGE_MB if base.ema_decay else 0),
     )
 
 

@@ -97,7 +97,7 @@ def reclaim_announced() -> str:
     return "" if told is None else str(told)
 
 
-class Trainer(TorchTrainer):  # type: ignore[misc]
+class LeanTrainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` whose controller runs in the calling process.
 
     Callbacks are therefore called here, as they are and not as copies. No actor removes the placement group later:

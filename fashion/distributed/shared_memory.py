@@ -28,7 +28,7 @@ CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
-class Piece:
+class Slice:
     """Rows `start` to `stop` of a parameter of the optimizer's group of number `group`."""
 
     group: int
@@ -46,7 +46,7 @@ class Piece:
         return tensor[self.start : self.stop]
 
 
-def pieces_of(groups: Sequence[dict[str, Any]], rank: int, world_size: int) -> list[Piece]:
+def slices_of(groups: Sequence[dict[str, Any]], rank: int, world_size: int) -> list[Slice]:
     """Return what `rank` moves of an optimizer's `groups`: of each group about as many values as every other rank.
 
     Muon orthogonalises blocks of rows, so its parameters are cut between those.
@@ -57,7 +57,7 @@ def pieces_of(groups: Sequence[dict[str, Any]], rank: int, world_size: int) -> l
         for weight in group["params"]:
             rows = BLOCK_ROWS if group.get("muon") else max(1, CHUNK // weight[0].numel())
             starts = range(0, len(weight), rows)
-            pieces += [Piece(number, weight, start, min(start + rows, len(weight))) for start in starts]
+            pieces += [Slice(number, weight, start, min(start + rows, len(weight))) for start in starts]
         loads = [0] * world_size
         for piece in sorted(pieces, key=lambda piece: -piece.num_elements):
             least = loads.index(min(loads))
@@ -67,7 +67,7 @@ def pieces_of(groups: Sequence[dict[str, Any]], rank: int, world_size: int) -> l
     return own
 
 
-class SharedUpdate:
+class ShardedOptimizer:
     """Takes the steps of an optimizer under DDP: every rank those of its pieces, all of them together.
 
     Every rank adds gradients in rank order and in float32, and each value is moved as `optimizer` would move it, so all
@@ -79,7 +79,7 @@ class SharedUpdate:
     def __init__(self, memory: mmap.mmap, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> None:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._whole, self._nothing = optimizer, torch.zeros(1)
-        rooms = Rooms(memory)
+        rooms = SharedArena(memory)
         self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
         for weight, names in kept_by_parameter(optimizer).items():
             weight.data = rooms.like(weight.data).copy_(weight.data)
@@ -88,7 +88,7 @@ class SharedUpdate:
         self._slots = [rooms.take(num_elements, dtype) for _ in range(self._world_size)]
         self._places: dict[nn.Parameter, int] = {}
         """Where in a slot a parameter's gradient begins."""
-        pieces = pieces_of(optimizer.param_groups, self._rank, self._world_size)
+        pieces = slices_of(optimizer.param_groups, self._rank, self._world_size)
         self._own = [(piece, piece.of(piece.weight.data)) for piece in pieces]
         groups = [
             group | {"params": [part for piece, part in self._own if piece.group == number]}
@@ -99,7 +99,7 @@ class SharedUpdate:
         """The state of `optimizer` when it was last taken over; loading a checkpoint replaces it."""
 
     @classmethod
-    def open(cls, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> "SharedUpdate | None":
+    def open(cls, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> "ShardedOptimizer | None":
         """Return what takes the steps of `optimizer`; all ranks of the process group call it together, before DDP.
 
         Returns None, on all ranks alike, where they cannot share memory: no /dev/shm, too little of it (containers
@@ -145,7 +145,7 @@ class SharedUpdate:
     def _wait(self) -> None:
         dist.all_reduce(self._nothing)  # a barrier that also notices a rank that died
 
-    def _average(self, piece: Piece) -> Tensor:
+    def _average(self, piece: Slice) -> Tensor:
         """Return the mean gradient of `piece`, written over this rank's own."""
         assert piece.weight.grad is not None, "every parameter takes part in every step"
         gradient = piece.of(piece.weight.grad)
@@ -181,7 +181,7 @@ def kept_by_parameter(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, di
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-class Rooms:
+class SharedArena:
     """Hands out shared memory as tensors, in the same order on every rank. Each has a storage of its own, which is what
     torch would save of it.
     """
@@ -206,7 +206,7 @@ def in_lines(size: int) -> int:
 
 
 def size_of(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> int:
-    """Return the bytes that `SharedUpdate` takes: weights and state once, gradients of every rank."""
+    """Return the bytes that `ShardedOptimizer` takes: weights and state once, gradients of every rank."""
     kept = kept_by_parameter(optimizer)
     num_elements = sum(weight.numel() for weight in kept)
     floats = sum(in_lines(4 * weight.numel()) * (1 + sum(names.values())) for weight, names in kept.items())

@@ -1,5 +1,6 @@
 """One training run from start to report: build and fit the `TorchTrainer`, choose the checkpoint, write the rows."""
 
+import functools
 import queue
 import secrets
 import signal
@@ -15,18 +16,21 @@ import ray.exceptions
 import ray.train
 from pyarrow import fs as pafs
 
-from fashion.cluster import plan as cluster
-from fashion.cluster.lock import Claim
-from fashion.cluster.plan import Plan
+from fashion.cluster import connection
+from fashion.cluster.lock import NameLock
+from fashion.cluster.plan import Plan, make_plan
 from fashion.cluster.preflight import check_every_node_sees
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
-from fashion.data import prepare as data
-from fashion.distributed.lean_trainer import Trainer
+from fashion.data import preparation, shards, splits
+from fashion.data.manifest import SPLITS, Manifest, check_same_data, check_source, find_manifest
+from fashion.data.rows import Split, joined
+from fashion.distributed.callbacks import EpochReporter, TrackingCallback, read_step
+from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.distributed.worker import train_loop_per_worker
 from fashion.inference import evaluation
 from fashion.model.network import num_parameters
-from fashion.reports import tables as report
-from fashion.reports.progress import Bar, EpochReporter, last_line
+from fashion.reports import provenance, runs, schemas, tables
+from fashion.reports.progress import ProgressBar, last_line
 from fashion.reports.tracking import FOLDER, MLflowRun, TensorBoard, check_mlflow
 from fashion.storage import Storage
 from fashion.training.checkpoint_manager import name_of
@@ -42,20 +46,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """What a run is made of: where it is kept, its settings, its workers, its data, and the servers that hear of it."""
 
     storage: Storage
     run_id: str
     config: TrainConfig
     plan: Plan
-    manifest: data.Manifest
+    manifest: Manifest
     tracked: Sequence[MLflowRun] = ()
     faults: FaultConfig = FaultConfig()  # noqa: RUF009 - it is frozen
 
 
 @dataclass(frozen=True)
-class Finished:
+class TrainResult:
     """What `train` leaves: the `runs` row, where things lie, and whether the run was already finished before."""
 
     run_id: str
@@ -86,7 +90,7 @@ def train(
     search_id: str = "",
     mlflow: str = "",
     announce: Callable[[Plan], None] = lambda plan: None,
-) -> Finished:
+) -> TrainResult:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
     Prepares the data from `source` if the storage holds none, and connects to Ray. `kind` and `search_id` are columns
@@ -99,37 +103,37 @@ def train(
         check_mlflow(mlflow)
     earlier = earlier_life(storage, run_id, config, resume)
     if earlier.get("status") == "completed":
-        return Finished(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
-    manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
-    data.check_source(storage, manifest, source)
-    data.check_same_data(storage, manifest, earlier)
-    storage.check_writable(report.RUNS_FOLDER, report.REPORTS_FOLDER)
-    with Claim(storage, report.RUNS_FOLDER, run_id, "--run-id"):
+        return TrainResult(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
+    manifest = find_manifest(storage) or preparation.prepare(storage, source)[0]
+    check_source(storage, manifest, source)
+    check_same_data(storage, manifest, earlier)
+    storage.check_writable(schemas.RUNS_FOLDER, schemas.REPORTS_FOLDER)
+    with NameLock(storage, schemas.RUNS_FOLDER, run_id, "--run-id"):
         earlier = earlier_life(storage, run_id, config, resume)  # somebody may have had it until now
         if resume:
-            report.warn_of_other_code(run_id, earlier)
-        cluster.connect()
+            provenance.warn_of_other_code(run_id, earlier)
+        connection.connect()
         check_every_node_sees(storage)
-        plan = cluster.make_plan(config, scale, manifest)
+        plan = make_plan(config, scale, manifest)
         announce(plan)
-        for split in data.SPLITS:
-            data.load_split(storage, manifest, split)  # a damaged file is found before anything is written
+        for split in SPLITS:
+            splits.load_split(storage, manifest, split)  # a damaged file is found before anything is written
         # Before the row: a server that refuses leaves none that would say "running" for ever.
         tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
         identity = {"kind": kind, "search_id": search_id or None}
-        return carry_out(Job(storage, run_id, config, plan, manifest, tracked, faults), identity | earlier)
+        return carry_out(RunSpec(storage, run_id, config, plan, manifest, tracked, faults), identity | earlier)
 
 
 def earlier_life(storage: Storage, run_id: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
     """Return the row of the run that is to go on, or nothing for a new one; raises `UserError` if it may not."""
     if not resume:
-        report.check_new_run(storage, run_id)
+        runs.check_new_run(storage, run_id)
         return {}
-    report.check_same_config(storage, run_id, config)
-    return report.load_run(storage, run_id)
+    runs.check_same_config(storage, run_id, config)
+    return runs.load_run(storage, run_id)
 
 
-def carry_out(job: Job, earlier: dict[str, Any]) -> Finished:
+def carry_out(job: RunSpec, earlier: dict[str, Any]) -> TrainResult:
     """Run `job` to its end and write its row; `earlier` has the columns that an earlier life and the caller know."""
     storage, run_id = job.storage, job.run_id
     started = begin_row(storage, run_id, job.config, job.manifest, earlier)
@@ -139,21 +143,21 @@ def carry_out(job: Job, earlier: dict[str, Any]) -> Finished:
     except BaseException as error:
         # Nothing that was foreseen: the row says so, and the traceback goes on.
         failed = started | {"status": "failed", "error": brief(error)}
-        report.write_table(storage, "runs", run_id, [failed])
+        tables.write_table(storage, "runs", run_id, [failed])
         for each in job.tracked:
             each.end(failed)
         raise
     row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
-    report.write_table(storage, "runs", run_id, [row])
+    tables.write_table(storage, "runs", run_id, [row])
     for each in job.tracked:
         each.end(row)
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")
-    return Finished(run_id, row, result_paths(storage, run_id, row))
+    return TrainResult(run_id, row, result_paths(storage, run_id, row))
 
 
 def begin_row(
-    storage: Storage, run_id: str, config: TrainConfig, manifest: data.Manifest, earlier: dict[str, Any]
+    storage: Storage, run_id: str, config: TrainConfig, manifest: Manifest, earlier: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the `runs` row of a run that starts, or that goes on from its `earlier` row, and return it."""
     row = {
@@ -163,25 +167,25 @@ def begin_row(
         "started_at": earlier.get("started_at") or datetime.now(UTC),
         "wall_s": earlier.get("wall_s"),
     } | identity_columns(config, manifest)
-    report.write_table(storage, "runs", run_id, [row])
+    tables.write_table(storage, "runs", run_id, [row])
     return row
 
 
-def identity_columns(config: TrainConfig, manifest: data.Manifest) -> dict[str, Any]:
+def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     """Return the columns of the `runs` table that say what a run is made of."""
     return {
         "dataset": manifest.dataset,
         "dataset_sha256": manifest.sha256,
-        "source_hash": report.source_hash(),
+        "source_hash": provenance.source_hash(),
         "preset": config.preset,
-        "config_json": report.config_json(config),
+        "config_json": runs.config_json(config),
         "num_parameters": num_parameters(config.depth, config.padding),
         "data_mode": config.data_mode,
-        "hardware": report.hardware(),
-    } | report.versions()
+        "hardware": provenance.hardware(),
+    } | provenance.versions()
 
 
-def run_or_explain(job: Job) -> dict[str, Any]:
+def run_or_explain(job: RunSpec) -> dict[str, Any]:
     """Fit the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
 
     Whatever stops the run becomes a row with a status and a reason; details go to standard error.
@@ -200,9 +204,9 @@ def run_or_explain(job: Job) -> dict[str, Any]:
     return columns
 
 
-def fit_and_choose(job: Job) -> dict[str, Any]:
+def fit_and_choose(job: RunSpec) -> dict[str, Any]:
     """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
-    with Bar(job.run_id, job.config.last_epoch) as bar:
+    with ProgressBar(job.config.last_epoch, functools.partial(read_step, job.run_id)) as bar:
         trainer = build_trainer(job, bar.say)
         result = in_a_thread(trainer.fit, trainer.stop)
     return outcome_columns(job, result)
@@ -244,28 +248,27 @@ def brief(error: BaseException | str) -> str:
     return last_line(first) if rank is None else f"worker {rank}: {last_line(first)}"
 
 
-def build_trainer(job: Job, say: Callable[[str], None]) -> Trainer:
+def build_trainer(job: RunSpec, say: Callable[[str], None]) -> LeanTrainer:
     """Return the trainer, its rows in the object store; `say` is given a line for each epoch."""
     storage, config, plan = job.storage, job.config, job.plan
     streamed = {}
     if config.data_mode == "streaming":
         # The one set that is split by Ray; everything else is cut by row number beforehand.
-        streamed = {"train": data.open_dataset(storage, job.manifest, "train").limit(plan.num_train_rows)}
-    return Trainer(
+        streamed = {"train": splits.open_dataset(storage, job.manifest, "train").limit(plan.num_train_rows)}
+    return LeanTrainer(
         train_loop_per_worker,
         train_loop_config=worker_settings(storage, job.manifest, config, plan)
-        | {"folder": (report.RUNS_FOLDER, job.run_id), "faults": asdict(job.faults)},
+        | {"folder": (schemas.RUNS_FOLDER, job.run_id), "faults": asdict(job.faults)},
         datasets=streamed,
         scaling_config=scaling_config(plan),
         run_config=ray.train.RunConfig(
             name=job.run_id,
-            storage_path=storage.path(report.RUNS_FOLDER),
+            storage_path=storage.path(schemas.RUNS_FOLDER),
             storage_filesystem=storage.fs,
             failure_config=ray.train.FailureConfig(max_failures=job.faults.max_failures),
             callbacks=[
                 EpochReporter(storage, job.run_id, config.last_epoch, say),
-                *curves(storage, job.run_id, config),
-                *job.tracked,
+                TrackingCallback([*curves(storage, job.run_id, config), *job.tracked]),
             ],
             # Warnings of how Ray tidies up after a failure stay in its log folder; the failure itself is told below.
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -277,16 +280,16 @@ def curves(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoa
     """Return what writes TensorBoard's event files beside the run; nothing if the storage is no folder: it appends."""
     if not isinstance(storage.fs, pafs.LocalFileSystem):
         return []
-    return [TensorBoard(storage.path(report.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
+    return [TensorBoard(storage.path(schemas.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 
 
-def worker_settings(storage: Storage, manifest: data.Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
+def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """Return what every worker is told, the rows put into the object store; see `worker.train_loop_per_worker`.
 
     `folder` is left to the caller.
     """
     num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
-    cuts = {split: data.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
+    cuts = {split: shards.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
     resident = ("train", "val") if config.data_mode == "resident" else ("val",)
     return {
         "config": config.to_dict(),
@@ -295,7 +298,7 @@ def worker_settings(storage: Storage, manifest: data.Manifest, config: TrainConf
         "pixel_std": manifest.pixel_std,
         "cuts": cuts,
         "tables": {
-            split: data.share_pieces(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
+            split: shards.share_blocks(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
         },
         "show_bar": sys.stdout.isatty(),
         "storage": storage.uri,
@@ -315,32 +318,32 @@ def scaling_config(plan: Plan) -> ray.train.ScalingConfig:
     )
 
 
-def load_rows(storage: Storage, manifest: data.Manifest, config: TrainConfig, split: str) -> data.Split:
+def load_rows(storage: Storage, manifest: Manifest, config: TrainConfig, split: str) -> Split:
     """Return a split's rows; val's join those of train unless they are held out."""
-    rows = data.load_split(storage, manifest, split)
+    rows = splits.load_split(storage, manifest, split)
     if split == "train" and not config.hold_out_val:
-        return data.joined(rows, data.load_split(storage, manifest, "val"))
+        return joined(rows, splits.load_split(storage, manifest, "val"))
     return rows
 
 
-def outcome_columns(job: Job, result: ray.train.Result) -> dict[str, Any]:
+def outcome_columns(job: RunSpec, result: ray.train.Result) -> dict[str, Any]:
     """Return the columns of the `runs` row that training decides."""
     told = result.return_value
     assert told is not None, "rank 0 returned nothing"
-    history, facts = told["history"], {name: told[name] for name in (*report.FACTS, "resumed_from")}
+    history, facts = told["history"], {name: told[name] for name in (*schemas.PROCESS_COLUMNS, "resumed_from")}
     if told["diverged"]:
         return facts | {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
     # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
-    report.write_table(job.storage, "epochs", job.run_id, [row for metrics in history for row in epoch_rows(metrics)])
+    tables.write_table(job.storage, "epochs", job.run_id, [row for metrics in history for row in epoch_rows(metrics)])
     best = best_epoch(history)
     return (
         summarise(history, best)
         | facts
         | {
             "status": "completed",
-            "config_json": report.config_json(job.config),
+            "config_json": runs.config_json(job.config),
             "dataset_sha256": job.manifest.sha256,
-            "checkpoint": f"{report.RUNS_FOLDER}/{job.run_id}/{name_of(best)}",
+            "checkpoint": f"{schemas.RUNS_FOLDER}/{job.run_id}/{name_of(best)}",
         }
     )
 
@@ -349,5 +352,5 @@ def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str
     """Return where the run's things lie, as a person would write it."""
     return {
         "checkpoint": storage.show(row["checkpoint"] or ""),
-        "reports": storage.show(report.REPORTS_FOLDER, "<table>", f"run_id={run_id}"),
+        "reports": storage.show(schemas.REPORTS_FOLDER, "<table>", f"run_id={run_id}"),
     }

@@ -16,7 +16,7 @@ from typing import Self
 
 STANDARD_ERROR = 2  # of the process, whatever Python's own has become
 LOOKS = 20
-"""Looks within the time that a process may be silent for."""
+"""SyncPoints within the time that a process may be silent for."""
 STUCK_SHARE = 0.5
 """Of that time, how much longer Python itself may stand still before the process is ended from outside of it."""
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from fashion.cluster.plan import Plan
 from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, require
-from fashion.data import prepare as data
+from fashion.data import splits
+from fashion.data.manifest import check_same_data, load_manifest
+from fashion.data.rows import from_table, to_table
+from fashion.data.shards import shard_bounds
 from fashion.model.network import FashionCNN, place
-from fashion.reports import tables as report
+from fashion.reports import classification, runs, schemas, tables
 from fashion.storage import Storage, open_storage
-from fashion.training import checkpoint
-from fashion.training import epoch as loop
+from fashion.training import checkpoint, loop
 from fashion.training import run as fit
 
 # Batches have the same rows for any number of workers, so their arithmetic, and every tie, is the same.
@@ -66,13 +68,13 @@ def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
 
     The row is not ours alone: what its column `checkpoint` names must lie in the run's own folder.
     """
-    config = report.config_of(storage, run_id, row)
+    config = runs.config_of(storage, run_id, row)
     folder = row["checkpoint"]
     if not folder:
         raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
     own, _, name = folder.rpartition("/")
     require(
-        own == f"{report.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
+        own == f"{schemas.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
         f"--run-id {run_id} names the checkpoint {folder!r}, which is none of its own; train it again",
     )
     try:
@@ -85,7 +87,7 @@ def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
 @torch.inference_mode()
 def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device, tta: str) -> pa.Table:
     """Classify one batch; see `classify`."""
-    rows = data.from_table(batch)
+    rows = from_table(batch)
     images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(device)
     labels = torch.from_numpy(rows.labels.astype(np.int64)).to(device)
     logits = loop.classify(model, images, precision=precision, device=device, tta=tta)
@@ -108,9 +110,9 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
     A task per worker, each on its shard: Ray runs them where there is room, and again if their process dies. Raises
     `AssertionError` unless every row of the split came back exactly once.
     """
-    manifest = data.load_manifest(storage)
-    data.check_same_data(storage, manifest, row)
-    rows = data.to_table(data.load_split(storage, manifest, split))
+    manifest = load_manifest(storage)
+    check_same_data(storage, manifest, row)
+    rows = to_table(splits.load_split(storage, manifest, split))
     task = ray.remote(num_cpus=plan.cpus_per_worker, num_gpus=1 if plan.use_gpu else None)(classify)
     told = (
         *(storage.uri, row["checkpoint"], json.loads(row["config_json"])),
@@ -126,7 +128,7 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
 def shards(num_rows: int, plan: Plan) -> list[tuple[int, int]]:
     """Return the workers' row ranges, of whole batches but for the last one's end; a worker without rows has none."""
     batches, workers = -(-num_rows // ROWS_PER_BATCH), plan.num_workers[1]
-    bounds = [data.shard_bounds(batches, rank, workers) for rank in range(workers)]
+    bounds = [shard_bounds(batches, rank, workers) for rank in range(workers)]
     return [(first * ROWS_PER_BATCH, min(end * ROWS_PER_BATCH, num_rows)) for first, end in bounds if first < end]
 
 
@@ -138,13 +140,13 @@ def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: s
     """
     table = predict(storage, row, split, plan)
     labels, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
-    matrix = report.confusion_matrix(labels, predicted)
+    matrix = classification.confusion_matrix(labels, predicted)
     fresh = {
         "predictions": table.to_pylist(),
-        "classes": report.class_rows(matrix),
-        "confusion": report.confusion_rows(matrix),
+        "classes": classification.class_rows(matrix),
+        "confusion": classification.confusion_rows(matrix),
     }
     for name, rows in fresh.items():
-        report.write_table(storage, name, run_id, [{"split": split} | new for new in rows], part=split)
+        tables.write_table(storage, name, run_id, [{"split": split} | new for new in rows], part=split)
     losses = table["loss"].to_numpy().astype(np.float64)
     return Scores(float(losses.mean()), float((labels == predicted).mean()), len(labels))

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fashion.config import CLASS_NAMES, TrainConfig, UserError, require
-from fashion.data import prepare as data
+from fashion.data.manifest import Manifest, load_manifest
 from fashion.inference.evaluation import Scores, load_model
 from fashion.model.network import FashionCNN
 from fashion.storage import Storage
-from fashion.training import checkpoint
-from fashion.training import epoch as loop
+from fashion.training import checkpoint, loop
 
 PROGRAM = "model.pt2"
 CARD = "README.md"
@@ -59,7 +58,7 @@ def export(storage: Storage, run_id: str, row: dict[str, Any], scores: dict[str,
     """
     config = TrainConfig.from_dict(json.loads(row["config_json"]))
     network = load_model(storage, row["checkpoint"], config, torch.device("cpu"))
-    manifest = data.load_manifest(storage)
+    manifest = load_manifest(storage)
     files = {
         checkpoint.WEIGHTS: storage.read_bytes(row["checkpoint"], checkpoint.WEIGHTS),
         PROGRAM: program(Classifier(network, row["precision"], config.tta).eval()),
@@ -92,9 +91,7 @@ def program(classifier: Classifier) -> bytes:
     return buffer.getvalue()
 
 
-def card(
-    run_id: str, row: dict[str, Any], config: TrainConfig, scores: dict[str, Scores], manifest: data.Manifest
-) -> str:
+def card(run_id: str, row: dict[str, Any], config: TrainConfig, scores: dict[str, Scores], manifest: Manifest) -> str:
     """Return the model card, Markdown: what it is, what it was made of, how good it is, what it is not for."""
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.to_dict().items())
     held_out = "" if config.hold_out_val else " Val was trained on: its figures say nothing."
@@ -153,7 +150,7 @@ Trained on {row["hardware"]}, {row["world_size"]} worker(s), {row["wall_s"]:.0f}
 """
 
 
-def known_scores(row: dict[str, Any], manifest: data.Manifest) -> dict[str, Scores]:
+def known_scores(row: dict[str, Any], manifest: Manifest) -> dict[str, Scores]:
     """Return what a `runs` row says of its chosen checkpoint, by split."""
     rows = {"val": manifest.val_rows, "test": row["test_rows"]}
     return {

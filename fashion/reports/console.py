@@ -1,16 +1,13 @@
 """What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from fashion.cluster.plan import Plan, SearchPlan
-    from fashion.search.search import Found
-    from fashion.search.space import SearchConfig
-    from fashion.storage import Storage
+Row = dict[str, Any]
 
 BEST_TRIALS = 8
 
@@ -23,10 +20,10 @@ PUBLISHED = {
 }
 
 
-def print_plan(run_id: str, storage: str, plan: "Plan") -> None:
-    """Print what will run where."""
-    print(f"run        {run_id}\nstorage    {storage}")
-    print("\n".join(plan.lines()), flush=True)
+def print_plan(kind: str, name: str, storage: str, lines: Sequence[str]) -> None:
+    """Print what will run where: the name of the run or search, the storage, and the lines of its plan."""
+    print(f"{kind:11}{name}\nstorage    {storage}")
+    print("\n".join(lines), flush=True)
 
 
 def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was_finished: bool) -> None:
@@ -52,38 +49,25 @@ def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was
         print(f"{name}: {path}")
 
 
-def print_search_plan(search_id: str, storage: str, plan: "SearchPlan") -> None:
-    """Print what a search will run where."""
-    print(f"search     {search_id}\nstorage    {storage}")
-    print("\n".join(plan.lines()), flush=True)
+def print_trials(search_id: str, names: Sequence[str], trials: Sequence[Row], max_epochs: int) -> None:
+    """Print a search's best trials and what stopping early has saved.
 
-
-def print_search(search_id: str, config: "SearchConfig", found: "Found", storage: "Storage") -> None:
-    """Print a search's best trials, what stopping early has saved, the refitted winner, and where things lie."""
-    if found.was_finished:
-        print(f"search {search_id} is finished already; nothing to do")
-    names = config.searched()
-    table = Table(title=f"{search_id}: the best of {len(found.trials)} trials")
+    `names` are the searched settings; `trials` are dictionaries, best first, with `trial_id`, `status`, `settings`,
+    `epochs_done`, and `best`: the metrics of the best epoch, empty if there is none.
+    """
+    table = Table(title=f"{search_id}: the best of {len(trials)} trials")
     for name in ("trial", "status", *names, "epochs", "best epoch", "val accuracy", "val loss"):
         table.add_column(name, justify="left" if name in ("trial", "status") else "right")
-    for trial in found.trials[:BEST_TRIALS]:
-        best = trial.best or {}
+    for trial in trials[:BEST_TRIALS]:
+        best = trial["best"]
         figures = [f"{best[name]:.4f}" if name in best else "-" for name in ("val_accuracy", "val_loss")]
-        settings = [shorten(trial.settings.get(name)) for name in names]
-        epochs = (str(len(trial.history)), str(best.get("epoch", "-")))
-        table.add_row(trial.trial_id, trial.status, *settings, *epochs, *figures)
+        settings = [shorten(trial["settings"].get(name)) for name in names]
+        epochs = (str(trial["epochs_done"]), str(best.get("epoch", "-")))
+        table.add_row(trial["trial_id"], trial["status"], *settings, *epochs, *figures)
     Console(width=120).print(table)
-    print_spent(config, found)
-    if found.refit is not None:
-        print_result(found.refit.run_id, found.refit.row, found.refit.paths, was_finished=found.refit.was_finished)
-    print(f"search: {storage.show('searches', search_id)}\nreports: {storage.show('reports', 'trials')}")
-
-
-def print_spent(config: "SearchConfig", found: "Found") -> None:
-    """Print how trials ended, and the epochs that they took against those of full trials."""
-    counts = Counter(trial.status for trial in found.trials)
-    spent, full = sum(len(trial.history) for trial in found.trials), config.max_epochs * len(found.trials)
+    counts = Counter(trial["status"] for trial in trials)
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    spent, full = sum(trial["epochs_done"] for trial in trials), max_epochs * len(trials)
     print(f"{spent} epochs trained, {spent / full:.0%} of the {full} that full trials would have cost")
 
 

@@ -10,10 +10,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from ray.train import UserCallback
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
-
 from fashion.config import UserError, require
 
 FOLDER = "tensorboard"
@@ -21,19 +17,22 @@ EXPERIMENT = "fashion"
 """MLflow's experiment of single runs; a search is an experiment of its own name."""
 
 
-class TensorBoard(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Writes each epoch's metrics, and the settings once; runs in Ray Train's controller."""
+class TensorBoard:
+    """Writes each epoch's metrics, and the settings once."""
 
     def __init__(self, folder: str, settings: dict[str, Any]) -> None:
         """Write into the local `folder`, which is made with the first epoch."""
         self._folder = folder
         self._settings = settings
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def add_epoch(self, metrics: dict[str, Any]) -> None:
         """Add an epoch."""
-        numbers = numbers_of(metrics[0])
+        numbers = numbers_of(metrics)
         if self._writer is None:
+            from tensorboardX import SummaryWriter  # loads torch, which whoever reads reports is spared
+            from tensorboardX.summary import hparams
+
             self._writer = SummaryWriter(self._folder, flush_secs=1)
             for summary in hparams(self._settings, dict.fromkeys(numbers, 0.0)):
                 self._writer.file_writer.add_summary(summary)
@@ -47,7 +46,7 @@ def numbers_of(columns: dict[str, Any]) -> dict[str, int | float]:
     return {name: value for name, value in columns.items() if isinstance(value, int | float)}
 
 
-class MLflowRun(UserCallback):  # type: ignore[misc]
+class MLflowRun:
     """A run on an MLflow tracking server: its settings, each epoch's metrics, how it ended.
 
     A resumed run goes on under its name. A server that goes away later is complained of and costs no run.
@@ -66,10 +65,10 @@ class MLflowRun(UserCallback):  # type: ignore[misc]
         client.update_run(self._id, status="RUNNING")
         client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def add_epoch(self, metrics: dict[str, Any]) -> None:
         """Add an epoch."""
         with complaint(self._uri):
-            self._log(numbers_of(metrics[0]), int(metrics[0]["epoch"]))
+            self._log(numbers_of(metrics), int(metrics["epoch"]))
 
     def end(self, row: dict[str, Any]) -> None:
         """Add what only the `runs` row knows, and end as it did."""

@@ -9,44 +9,31 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray.tune
 from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
-from fashion.cluster import plan as cluster
-from fashion.cluster.lock import Claim
-from fashion.cluster.plan import SearchPlan
+from fashion.cluster import connection
+from fashion.cluster.lock import NameLock
 from fashion.cluster.preflight import check_every_node_sees
 from fashion.config import ScaleConfig, TrainConfig
-from fashion.data import prepare as data
+from fashion.data import preparation
+from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
 from fashion.distributed import trainer
-from fashion.reports import tables as report
+from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
-from fashion.search.scheduler import Points, replayed, sampler_of, trial_name, waiting
+from fashion.search.callbacks import SearchCallback
+from fashion.search.plan import SearchPlan, make_search_plan
+from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
+from fashion.search.scheduler import replay_scheduler, trial_name
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers, train_trial
-from fashion.search.trial_store import (
-    ENDED,
-    Ledger,
-    Trial,
-    check_new_search,
-    check_same_search,
-    read_state,
-    write_state,
-)
+from fashion.search.state import check_new_search, check_same_search, read_state, write_state
+from fashion.search.trial import CHECKPOINTS, remove_workers, train_trial
+from fashion.search.trial_store import Trial, TrialStore
 from fashion.storage import Storage
-from fashion.training.metrics import TIMES, Metrics
 
 RETRIES = 1
-
-KEPT = {
-    *("epoch", "lr", *report.FACTS),
-    *(name for pair in TIMES.values() for name in pair),
-    *(f"{split}_{figure}" for split in TIMES for figure in ("loss", "accuracy", "rows")),
-}
-"""What is kept of a report to Tune, which adds a good deal of its own."""
 
 
 class SearchFailed(RuntimeError):
@@ -54,12 +41,25 @@ class SearchFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What `search` leaves: its trials, best first, and the refitted winner if that was asked for."""
 
     trials: list[Trial]
-    refit: trainer.Finished | None
+    refit: trainer.TrainResult | None
     was_finished: bool
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the trials as plain values, best first."""
+        return [
+            {
+                "trial_id": trial.trial_id,
+                "status": trial.status,
+                "settings": trial.settings,
+                "epochs_done": len(trial.history),
+                "best": trial.best or {},
+            }
+            for trial in self.trials
+        ]
 
 
 def search(
@@ -74,7 +74,7 @@ def search(
     refit: bool = False,
     mlflow: str = "",
     announce: Callable[[SearchPlan], None] = lambda plan: None,
-) -> Found:
+) -> SearchResult:
     """Run or continue a search; with `refit`, train the winner on all rows and evaluate it once on test.
 
     `base` gives the settings that are not searched. `mlflow` is the address of a server that hears of every trial, as
@@ -89,31 +89,31 @@ def search(
         check_same_search(storage, search_id, config, base)
     else:
         check_new_search(storage, search_id)
-    manifest = data.find_manifest(storage) or data.prepare(storage, source)[0]
-    data.check_source(storage, manifest, source)
+    manifest = find_manifest(storage) or preparation.prepare(storage, source)[0]
+    check_source(storage, manifest, source)
     if resume:
-        data.check_same_data(storage, manifest, read_state(storage, search_id))
-    storage.check_writable(report.SEARCHES_FOLDER, report.REPORTS_FOLDER)
-    with Claim(storage, report.SEARCHES_FOLDER, search_id, "--search-id"):
+        check_same_data(storage, manifest, read_state(storage, search_id))
+    storage.check_writable(schemas.SEARCHES_FOLDER, schemas.REPORTS_FOLDER)
+    with NameLock(storage, schemas.SEARCHES_FOLDER, search_id, "--search-id"):
         if not resume:
             check_new_search(storage, search_id)  # somebody may have had the name until now
-        cluster.connect()
+        connection.connect()
         check_every_node_sees(storage)
-        plan = cluster.make_search_plan(config, base, scale, manifest)
+        plan = make_search_plan(config, base, scale, manifest)
         announce(plan)
         identity = trainer.identity_columns(base, manifest)
         write_state(storage, search_id, config, base, identity)
-        ledger = Ledger(storage, search_id, config, identity, base.to_dict())
-        points = waiting(ledger)
+        store = TrialStore(storage, search_id, config, identity, base.to_dict())
+        points = pending_points(store)
         if points:
-            run_trials(storage, search_id, ledger, points, base, scale, plan, manifest, mlflow)
-    trials = ledger.ranked()
+            run_trials(storage, search_id, store, points, base, scale, plan, manifest, mlflow)
+    trials = store.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
     if trials[0].score < 0:
         raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
     refitted = refit_winner(storage, search_id, trials[0], base, scale, plan, source, mlflow) if refit else None
-    return Found(trials, refitted, was_finished=not points)
+    return SearchResult(trials, refitted, was_finished=not points)
 
 
 def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> TrainConfig:
@@ -123,23 +123,20 @@ def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> T
     return replace(base, epochs=config.max_epochs, stop_after=0, seed=config.seed)
 
 
-# --- Ray Tune -------------------------------------------------------------------------------------------------------
-
-
 def run_trials(
     storage: Storage,
     search_id: str,
-    ledger: Ledger,
+    store: TrialStore,
     points: list[dict[str, Any]],
     base: TrainConfig,
     scale: SearchScale,
     plan: SearchPlan,
-    manifest: data.Manifest,
+    manifest: Manifest,
     mlflow: str,
 ) -> None:
     """Run `points` on Ray Tune and write down what becomes of each; the trials' checkpoints are gone afterwards."""
     quieten_tune()
-    config = ledger.config
+    config = store.config
     shared = shared_by_trials(storage, search_id, config, base, plan, manifest)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
@@ -151,8 +148,8 @@ def run_trials(
     tuner = ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            search_alg=Points(points, sampler_of(ledger)),
-            scheduler=replayed(ledger),
+            search_alg=PlannedSampler(points, build_sampler(store)),
+            scheduler=replay_scheduler(store),
             num_samples=len(points),
             max_concurrent_trials=plan.concurrent,
             time_budget_s=scale.time_budget_s or None,
@@ -163,25 +160,25 @@ def run_trials(
         ),
         run_config=ray.tune.RunConfig(
             name=search_id,
-            storage_path=storage.path(report.SEARCHES_FOLDER),
+            storage_path=storage.path(schemas.SEARCHES_FOLDER),
             storage_filesystem=storage.fs,
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Recorder(storage, search_id, ledger), *loggers],
+            callbacks=[SearchCallback(storage, search_id, store), *loggers],
             verbose=0,
         ),
     )
     try:
         trainer.in_a_thread(tuner.fit)
     finally:
-        for trial in ledger.unfinished():
+        for trial in store.unfinished():
             remove_workers(search_id, trial.trial_id)
-    for trial in ledger.unfinished():
-        ledger.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
-    remove_checkpoints(storage, search_id, ledger)
+    for trial in store.unfinished():
+        store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
+    remove_checkpoints(storage, search_id, store)
 
 
 def quieten_tune() -> None:
-    """Keep Tune from writing and saying a second time what the reports hold and the `Recorder` says."""
+    """Keep Tune from writing and saying a second time what the reports hold and the `SearchCallback` says."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV and JSON files
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # this one prints failures whatever its verbosity
@@ -194,7 +191,7 @@ def shared_by_trials(
     config: SearchConfig,
     base: TrainConfig,
     plan: SearchPlan,
-    manifest: data.Manifest,
+    manifest: Manifest,
 ) -> dict[str, Any]:
     """Return what `trial.train_trial` is told, the rows in the object store once for all trials."""
     workers = config.workers_per_trial
@@ -211,79 +208,10 @@ def shared_by_trials(
     return shared | {"worker_settings": settings, "scaling": trainer.scaling_config(plan.trial)}
 
 
-# --- what becomes of the trials ---------------------------------------------------------------------------------------
-
-
-class Recorder(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Writes what Tune hears of trials into the ledger and onto the console; removes ended trials' checkpoints."""
-
-    def __init__(self, storage: Storage, search_id: str, ledger: Ledger) -> None:
-        self._storage = storage
-        self._search_id = search_id
-        self._ledger = ledger
-        self._bad_ends: dict[str, tuple[str, str]] = {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that starts, or starts again after a crash."""
-        point = trial.config
-        self._ledger.start(point[TRIAL], {name: value for name, value in point.items() if name != TRIAL})
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Note an epoch, or how a trial ends badly."""
-        name = trial_name(trial)
-        for reason, status in (("diverged", "diverged"), ("refused", "error")):
-            if reason in result:
-                self._bad_ends[name] = (status, result[reason])
-                return
-        metrics: Metrics = {key: value for key, value in result.items() if key in KEPT}
-        self._ledger.add_epoch(name, metrics, result["time_this_iter_s"])
-        print(trial_line(self._ledger, name), flush=True)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that was stopped, ran its last epoch, or ended badly."""
-        name = trial_name(trial)
-        done = len(self._ledger.trials[name].history) >= self._ledger.config.max_epochs
-        self._end(name, *self._bad_ends.get(name, ("completed" if done else "stopped", None)))
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Free what a crashed trial held, so that its second try can start."""
-        remove_workers(self._search_id, trial_name(trial))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that crashed once too often."""
-        # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
-        self._end(trial_name(trial), "error", trainer.brief(Path(trial.error_file).read_text()))
-
-    def _end(self, name: str, status: str, error: str | None) -> None:
-        self._ledger.end(name, status, error)
-        print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
-        remove_workers(self._search_id, name)
-        self._storage.delete_folder(report.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
-
-
-def trial_line(ledger: Ledger, name: str) -> str:
-    """Return a line for a trial's latest epoch."""
-    trial = ledger.trials[name]
-    latest = trial.history[-1]
-    settings = "  ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.settings.items()
-    )
-    ended = sum(each.status in ENDED for each in ledger.trials.values())
-    return (
-        f"{name}  epoch {latest['epoch']}/{ledger.config.max_epochs}  val accuracy {latest['val_accuracy']:.4f} "
-        f"loss {latest['val_loss']:.4f}  {settings}  ({ended} of {ledger.config.num_samples} trials ended)"
-    )
-
-
-def remove_checkpoints(storage: Storage, search_id: str, ledger: Ledger) -> None:
+def remove_checkpoints(storage: Storage, search_id: str, store: TrialStore) -> None:
     """Remove what ended trials left: workers that were still saving when their trial was stopped leave something."""
-    for name in ledger.trials:
-        storage.delete_folder(report.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
-
-
-# --- the winner -----------------------------------------------------------------------------------------------------
+    for name in store.trials:
+        storage.delete_folder(schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
 
 
 def refit_winner(
@@ -295,7 +223,7 @@ def refit_winner(
     plan: SearchPlan,
     source: str,
     mlflow: str,
-) -> trainer.Finished:
+) -> trainer.TrainResult:
     """Train the winner's settings on all rows, val included, for the epochs chosen on val; evaluate once on test."""
     assert winner.best is not None, "the winner has an epoch"
     config = replace(
@@ -315,7 +243,7 @@ def refit_winner(
             use_gpu="yes" if plan.trial.use_gpu else "no",
         ),
         source=source,
-        resume=report.find_run(storage, run_id) is not None,
+        resume=runs.find_run(storage, run_id) is not None,
         kind="refit",
         search_id=search_id,
         mlflow=mlflow,

@@ -16,13 +16,13 @@ from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
 from fashion.config import TrainConfig, UserError
-from fashion.distributed import worker
-from fashion.distributed.lean_trainer import Trainer
-from fashion.reports.tables import SEARCHES_FOLDER
+from fashion.distributed import ingest, worker
+from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
-from fashion.training import epoch as loop
 from fashion.training import run as fit
-from fashion.training.checkpoint_manager import Keeper, Timer
+from fashion.training import sync
+from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
 from fashion.training.metrics import Metrics
 
 TRIAL = "trial"
@@ -58,39 +58,39 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
     """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
     worker.prepare_process(shared["threads"])
     run = open_run(config, shared)
-    keeper = Keeper(open_storage(shared["storage"]), folder, newest=1)
-    latest, _ = keeper.newest_whole()
+    manager = CheckpointManager(open_storage(shared["storage"]), folder, newest=1)
+    latest, _ = manager.newest_whole()
     if latest:
-        run.restore(keeper.reader(latest))
+        run.restore(manager.reader(latest))
     for metrics in run.history:
         report(run, metrics)
-    timer = Timer(shared["checkpoint_every_s"])
+    timer = CheckpointTimer(shared["checkpoint_every_s"])
 
     def save() -> None:
-        keeper.save(run)
-        keeper.wait()  # the trial may be over at its next report, and what is still written would stay
+        manager.save(run)
+        manager.wait()  # the trial may be over at its next report, and what is still written would stay
         timer.restart()
 
     def is_due(seconds: float) -> bool:
-        return timer.is_due(seconds + keeper.seconds)
+        return timer.is_due(seconds + manager.seconds)
 
     try:
         for metrics in run.epochs(wants_pause=is_due, on_pause=save):
             if is_due(0.0):
                 save()
             report(run, metrics)
-    except loop.Diverged as error:
+    except sync.Diverged as error:
         end_badly(run.epochs_done + 1, "diverged", str(error))
 
 
-def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.Run:
+def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.TrainingRun:
     """Return the run at its very start."""
     rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
-    rows = worker.open_rows(config, shared, rank)
-    return fit.Run(config, rows, rank, fit.alone)
+    rows = ingest.open_rows(config, shared, rank)
+    return fit.TrainingRun(config, rows, rank, fit.alone)
 
 
-def report(run: fit.Run, metrics: Metrics) -> None:
+def report(run: fit.TrainingRun, metrics: Metrics) -> None:
     """Hand an epoch to Tune and wait; if the trial is stopped here, this does not return."""
     ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
 
@@ -101,7 +101,7 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
     Started again under the same name and place, its workers go on from the run's latest checkpoint by themselves.
     """
     storage = open_storage(shared["storage"])
-    result = Trainer(
+    result = LeanTrainer(
         worker.train_loop_per_worker,
         train_loop_config=shared["worker_settings"]
         | {"config": config.to_dict(), "trial": "/".join(folder[1:3]), "folder": folder},
@@ -110,7 +110,7 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
             name=folder[-1],
             storage_path=storage.path(*folder[:-1]),
             storage_filesystem=storage.fs,
-            callbacks=[Teller()],
+            callbacks=[TuneReporter()],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     ).fit()
@@ -120,7 +120,7 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
         end_badly(len(told["history"]) + 1, "diverged", told["diverged"])
 
 
-class Teller(UserCallback):  # type: ignore[misc]  # Ray has no types
+class TuneReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Hands each epoch to Tune and waits for the scheduler's word.
 
     Ray's `TuneReportCallback` goes through an actor, for a controller in another process. A trial that ends within

@@ -11,14 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from fashion.config import TrainConfig, UserError, check_run_id, flag, parse_object, require
-from fashion.reports import tables as report
+from fashion.config import UserError, parse_object
+from fashion.reports import runs, schemas, tables
 from fashion.search.space import SearchConfig
 from fashion.storage import Storage
 from fashion.training.metrics import Metrics, checkpoint_score, epoch_rows, from_rows, summarise
 
-STATE_FILE = "search.json"
-STATE_VERSION = 2
 ENDED = ("completed", "stopped", "diverged", "error")
 RUN_STATUS = {"stopped": "completed", "error": "failed"}
 """How the `runs` table calls a trial's status, where it has another word."""
@@ -59,7 +57,7 @@ class Trial:
         return -1.0 if best is None or self.status in ("diverged", "error") else checkpoint_score(best)
 
 
-class Ledger:
+class TrialStore:
     """All trials of one search: read from the reports at the start, written as they change. One writer at a time."""
 
     def __init__(
@@ -73,7 +71,7 @@ class Ledger:
         self._search_id = search_id
         self._identity = identity
         self._base = base
-        present = storage.list(report.REPORTS_FOLDER, "trials")
+        present = storage.list(schemas.REPORTS_FOLDER, "trials")
         names = [name_of(number) for number in range(config.num_samples)]
         self.trials = {name: self._read(name) for name in names if f"run_id={self._run_id(name)}" in present}
 
@@ -82,14 +80,14 @@ class Ledger:
 
     def _read(self, trial_id: str) -> Trial:
         run_id = self._run_id(trial_id)
-        run = report.load_run(self._storage, run_id)
+        run = runs.load_run(self._storage, run_id)
         try:
-            row = report.read_table(self._storage, "trials", run_id)[0]
+            row = tables.read_table(self._storage, "trials", run_id)[0]
             settings = parse_object(row["settings_json"] or "")
-            history = from_rows(report.read_table(self._storage, "epochs", run_id))
+            history = from_rows(tables.read_table(self._storage, "epochs", run_id))
         except (ValueError, IndexError) as error:
             raise UserError(f"the reports of {run_id} are damaged ({error}); start another search") from error
-        facts = {name: run[name] for name in report.FACTS}
+        facts = {name: run[name] for name in schemas.PROCESS_COLUMNS}
         return Trial(
             trial_id,
             settings,
@@ -135,7 +133,7 @@ class Ledger:
         trial.history = [*trial.history[: int(metrics["epoch"]) - 1], metrics]
         trial.wall_s += seconds
         rows = [row for each in trial.history for row in epoch_rows(each)]
-        report.write_table(self._storage, "epochs", self._run_id(trial_id), rows)
+        tables.write_table(self._storage, "epochs", self._run_id(trial_id), rows)
         self._write(trial)
 
     def end(self, trial_id: str, status: str, error: str | None = None) -> None:
@@ -146,8 +144,8 @@ class Ledger:
 
     def _write(self, trial: Trial) -> None:
         """Write the trial's rows; that in `trials` goes last, since a search finds its trials there."""
-        report.write_table(self._storage, "runs", self._run_id(trial.trial_id), [self._run_row(trial)])
-        report.write_table(self._storage, "trials", self._run_id(trial.trial_id), [self._trial_row(trial)])
+        tables.write_table(self._storage, "runs", self._run_id(trial.trial_id), [self._run_row(trial)])
+        tables.write_table(self._storage, "trials", self._run_id(trial.trial_id), [self._trial_row(trial)])
 
     def _run_row(self, trial: Trial) -> dict[str, Any]:
         ended = trial.status in ENDED
@@ -162,7 +160,7 @@ class Ledger:
             "wall_s": trial.wall_s,
             "config_json": json.dumps(self._base | trial.settings, sort_keys=True),
         }
-        facts = {name: latest.get(name) for name in report.FACTS}
+        facts = {name: latest.get(name) for name in schemas.PROCESS_COLUMNS}
         return (
             self._identity
             | row
@@ -173,7 +171,7 @@ class Ledger:
     def _trial_row(self, trial: Trial) -> dict[str, Any]:
         epochs_done = len(trial.history)
         best = trial.best or {}
-        columns = report.SCHEMAS["trials"]
+        columns = schemas.SCHEMAS["trials"]
         reached = [rung for rung in self.config.rungs if rung <= epochs_done]
         return {
             "search_id": self._search_id,
@@ -199,68 +197,3 @@ def fitting(kind: pa.DataType, value: Any) -> Any:
         return pa.scalar(value, kind).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return None
-
-
-# --- what identifies a search -----------------------------------------------------------------------------------------
-
-
-def state_place(search_id: str) -> tuple[str, ...]:
-    """Return where a search keeps its settings."""
-    return (report.SEARCHES_FOLDER, search_id, STATE_FILE)
-
-
-def write_state(
-    storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig, identity: dict[str, Any]
-) -> None:
-    """Write down what the search is, before its first trial."""
-    state = {
-        "state_version": STATE_VERSION,
-        "search": config.to_dict(),
-        "base": base.to_dict(),
-        **{name: identity[name] for name in ("dataset", "dataset_sha256", "source_hash")},
-    }
-    storage.write_bytes(json.dumps(state, indent=2).encode(), *state_place(search_id))
-
-
-def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
-    """Return what `write_state` wrote; raises `UserError` if there is no such search, or its file is damaged."""
-    check_run_id(search_id, name="--search-id")
-    place = state_place(search_id)
-    require(storage.exists(*place), f"--search-id {search_id} does not exist in {storage.uri}; leave out --resume")
-    try:
-        state = parse_object(storage.read_bytes(*place))
-        version = state["state_version"]
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{storage.show(*place)} is damaged ({error}); start another search") from error
-    require(version == STATE_VERSION, f"{storage.show(*place)} has version {version}, expected {STATE_VERSION}")
-    return state
-
-
-def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, TrainConfig]:
-    """Return what a search was started with; raises `UserError` as `read_state` does."""
-    state = read_state(storage, search_id)
-    try:
-        return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
-    except (ValueError, KeyError) as error:
-        place = storage.show(*state_place(search_id))
-        raise UserError(f"{place} is damaged ({error}); start another search") from error
-
-
-def check_new_search(storage: Storage, search_id: str) -> None:
-    """Raise `UserError` if a search of that name has left anything."""
-    require(
-        not storage.exists(report.SEARCHES_FOLDER, search_id),
-        f"--search-id {search_id} exists already in {storage.uri}; add --resume to continue it, or name another",
-    )
-
-
-def check_same_search(storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig) -> None:
-    """Raise `UserError` naming each setting in which a resumed search differs from the stored one."""
-    asked = {**base.to_dict(), **config.to_dict()}
-    stored_config, stored_base = stored_settings(storage, search_id)
-    stored = {**stored_base.to_dict(), **stored_config.to_dict()}
-    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
-    require(
-        not differing,
-        f"--resume {search_id} was given other settings: {', '.join(differing)}; leave them out, or start a new search",
-    )

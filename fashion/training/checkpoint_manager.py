@@ -26,7 +26,7 @@ def name_of(epochs_done: int, step: int = 0) -> str:
     return f"epoch-{epochs_done + 1:04d}-step-{step:06d}" if step else f"epoch-{epochs_done:04d}"
 
 
-def place_of(name: str) -> Place | None:
+def progress_of(name: str) -> Place | None:
     """Return how far a run was, from the name of a checkpoint; None for the name of anything else."""
     match = NAME.fullmatch(name)
     if match is None:
@@ -35,7 +35,7 @@ def place_of(name: str) -> Place | None:
     return (epoch - 1, step) if step else (epoch, 0)
 
 
-class Keeper:
+class CheckpointManager:
     """Writes a run's checkpoints, beside its training, and keeps the `newest` of them and the best.
 
     One process writes; any may read. A checkpoint goes only when a newer one is whole.
@@ -53,7 +53,7 @@ class Keeper:
 
     def names(self) -> list[str]:
         """Return the checkpoints that there are, whole or not, the oldest first."""
-        found = {name: place_of(name) for name in self._storage.list(*self._folder)}
+        found = {name: progress_of(name) for name in self._storage.list(*self._folder)}
         return sorted((name for name, place in found.items() if place), key=lambda name: found[name] or (0, 0))
 
     def reader(self, name: str) -> Callable[[str], bytes]:
@@ -83,7 +83,7 @@ class Keeper:
         """Remove a checkpoint."""
         self._storage.delete_folder(*self._folder, name)
 
-    def save(self, run: fit.Run) -> None:
+    def save(self, run: fit.TrainingRun) -> None:
         """Begin to write where `run` is, and remove what nobody will need once that is whole.
 
         The end of its best epoch is kept whatever comes after it. Waits for the checkpoint before; raises `OSError`
@@ -119,7 +119,7 @@ class Keeper:
             self._error = error
 
 
-class Timer:
+class CheckpointTimer:
     """Tells when a run is due to be saved, so that no kill costs more than `every_s` seconds; one process asks.
 
     A checkpoint counts from the moment whose state it holds, and only once it is written.

@@ -9,8 +9,8 @@ from torch import nn
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def begin_average(model: Network) -> Network:
-    """Return what `move_average` moves: at the start the weights of `model`, on its device, and no optimizer's.
+def start_ema(model: Network) -> Network:
+    """Return what `update_ema` moves: at the start the weights of `model`, on its device, and no optimizer's.
 
     Buffers are those of `model` itself: the average has the network's running statistics of batch normalisation, as
     torch's `AveragedModel` has them by default. They are moving averages already, and averaged once more they would be
@@ -21,7 +21,7 @@ def begin_average(model: Network) -> Network:
     return copy.deepcopy(model, own).requires_grad_(False)
 
 
-def decay_at(step: int, decay: float) -> float:
+def ema_decay_at(step: int, decay: float) -> float:
     """Return the share of the average that stays at `step`, counted from 1 over the whole run; at most `decay`.
 
     (1 + step) / (10 + step) as long as that is less: the average then reaches back over about a tenth of the steps so
@@ -33,11 +33,11 @@ def decay_at(step: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move `average` towards `model` after the update `step`: average * d + model * (1 - d) with d of `decay_at`.
 
     In place, all tensors in one call. Ranks have the same weights after a step, so they get the same average, and
     nothing is exchanged. torch's `AveragedModel` would copy its count of steps from a GPU in each of them.
     """
-    share = 1.0 - decay_at(step, decay)
+    share = 1.0 - ema_decay_at(step, decay)
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)

@@ -1,5 +1,6 @@
 """Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch, config and model."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -127,3 +128,22 @@ def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
         {name: value.ndim > 0 for name, value in probe.state[group["params"][0]].items()}
         for group in probe.param_groups
     ]
+
+
+def learning_rate(schedule: str, peak: float, warmup_fraction: float, step: int, total_steps: int) -> float:
+    """Return the learning rate of `step` (0-based) of `total_steps`.
+
+    `one-cycle` rises along a cosine from peak / 25 to the peak at `warmup_fraction`, then falls along a cosine to
+    nearly 0 (Smith and Topin 2017, arXiv 1708.07120; the two phases and constants of torch's OneCycleLR). It is a pure
+    function of the step, so a resumed run needs no schedule state.
+    """
+    if schedule == "constant":
+        return peak
+    start, end = peak / 25.0, peak / 25.0 / 1e4
+    top = warmup_fraction * total_steps - 1.0
+    last = total_steps - 1.0
+    if step <= top:
+        low, share = start, 1.0 - step / top if top > 0 else 0.0
+    else:
+        low, share = end, (step - top) / max(last - top, 1.0)
+    return low + (peak - low) / 2.0 * (1.0 + math.cos(math.pi * share))

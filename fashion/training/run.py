@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fashion.config import TrainConfig
 from fashion.model.network import FashionCNN, count_parameters, initialise, place
-from fashion.training import checkpoint
-from fashion.training import epoch as loop
-from fashion.training.ema import begin_average, move_average
+from fashion.training import checkpoint, loop, sync
+from fashion.training.batches import Augmentation, Batch, plain_batches, shuffled_batches, stream_seed
+from fashion.training.ema import start_ema, update_ema
 from fashion.training.metrics import Metrics
-from fashion.training.optimizer import build_optimizer
+from fashion.training.optimizer import build_optimizer, learning_rate
 
 # Activations of an evaluation in fp32 are the peak of a worker's memory: with 500, 0.36 GiB more than with 200, and no
 # quicker on two cores.
@@ -40,28 +40,28 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Shards:
     """What a rank trains on and evaluates.
 
     `train_batches(epoch)` yields this rank's batches of (images, labels); `val` holds its val images (N, 1, 28, 28)
     uint8 and labels (N,) int64; the totals are over all ranks.
     """
 
-    train_batches: Callable[[int], Iterator[loop.Batch]]
-    val: loop.Batch
+    train_batches: Callable[[int], Iterator[Batch]]
+    val: Batch
     num_train_rows: int
     num_val_rows: int
     pixel_mean: float
     pixel_std: float
 
 
-Wrapped = tuple[nn.Module, Callable[[], object], str]
+WrappedModel = tuple[nn.Module, Callable[[], object], str]
 """A network as it is trained, what moves its weights, and the way that gradients take: the column `exchange`."""
-Wrap = Callable[[nn.Module, torch.optim.Optimizer, str], Wrapped]
+WrapModel = Callable[[nn.Module, torch.optim.Optimizer, str], WrappedModel]
 """Makes that of a network, its optimizer and the precision, on all ranks together."""
 
 
-def alone(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Wrapped:
+def alone(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
     """Let a process train by itself."""
     return model, optimizer.step, "none"
 
@@ -84,10 +84,10 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)
 
 
-class Run:
+class TrainingRun:
     """A run in progress: network, optimizer and history; `epochs()` advances it."""
 
-    def __init__(self, config: TrainConfig, rows: Rows, rank: Rank, wrap: Wrap) -> None:
+    def __init__(self, config: TrainConfig, rows: Shards, rank: Rank, wrap: WrapModel) -> None:
         """Build the network from the seed alone, so that all ranks start equal.
 
         `wrap` adds DDP, where several train together.
@@ -97,15 +97,15 @@ class Run:
         self.rank = rank
         self.steps = config.steps_per_epoch(rows.num_train_rows)
         self.precision = loop.resolve_precision(config.precision, rank.device)
-        torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
+        torch.manual_seed(stream_seed(config.seed, 0, 0, 1))
         self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
-        self.evaluated = begin_average(self.model) if config.ema_decay else self.model
+        self.evaluated = start_ema(self.model) if config.ema_decay else self.model
         """What is judged on val, chosen and loaded from a checkpoint: the average of the weights, or the network."""
         self.optimizer = build_optimizer(config, self.model)
         self.wrapped, self.update, self.exchange = wrap(self.model, self.optimizer, self.precision)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
-        self.positions: list[loop.Position] = []
+        self.positions: list[sync.EpochState] = []
         """Those of all ranks while the run pauses within an epoch, and before it goes on from there; else none."""
 
     @property
@@ -143,7 +143,7 @@ class Run:
         """
         progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._look_at, self._trained)
         self.history = progress["history"]
-        self.positions = loop.positions_from(progress["positions"])
+        self.positions = sync.epoch_states_from(progress["positions"])
 
     @property
     def _trained(self) -> nn.Module | None:
@@ -168,7 +168,7 @@ class Run:
         if not whole:
             raise checkpoint.damaged(checkpoint.PROGRESS, "its history is not one of this run's epochs 1, 2, 3, ...")
         try:
-            positions = loop.positions_from(progress["positions"])
+            positions = sync.epoch_states_from(progress["positions"])
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its positions: {error!r}") from error
         steps = {position.step for position in positions}
@@ -193,7 +193,7 @@ class Run:
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
             metrics = self._train(epoch, on_step, wants_pause, on_pause)
-            loop.average_statistics(self.model)
+            sync.average_statistics(self.model)
             if self.rows.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
@@ -210,25 +210,23 @@ class Run:
         on_pause: Callable[[], None],
     ) -> Metrics:
         config, device = self.config, self.rank.device
-        begin = loop.Position()
+        begin = sync.EpochState()
         if self.positions:
-            begin = loop.own_position(self.positions, self.rank.rank, self.rank.world_size)
+            begin = sync.own_epoch_state(self.positions, self.rank.rank, self.rank.world_size)
             self.positions = []
             self.set_lr((epoch - 1) * self.steps + begin.step - 1)  # which stands if no step is left
         # Dropout draws from the global generator: keyed like the rest, and different on every rank.
-        torch.manual_seed(
-            loop.stream_seed(config.seed, epoch, self.rank.rank, 2, *([begin.step] if begin.step else []))
-        )
+        torch.manual_seed(stream_seed(config.seed, epoch, self.rank.rank, 2, *([begin.step] if begin.step else [])))
         if begin.states:
-            loop.restore_own_states(begin.states, self.model, device)
+            sync.restore_own_states(begin.states, self.model, device)
 
         def after_step(step: int) -> None:
             if config.ema_decay:
-                move_average(self.evaluated, self.model, config.ema_decay, (epoch - 1) * self.steps + step)
+                update_ema(self.evaluated, self.model, config.ema_decay, (epoch - 1) * self.steps + step)
             on_step(epoch, step)
 
-        def pause(position: loop.Position) -> None:
-            self.positions = loop.gathered(position)
+        def pause(position: sync.EpochState) -> None:
+            self.positions = sync.gathered(position)
             on_pause()
             self.positions = []
 
@@ -262,14 +260,14 @@ class Run:
     def _evaluate(self, epoch: int) -> Metrics:
         started = time.perf_counter()
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
-        batches = loop.plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
+        batches = plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
         val = loop.evaluate(
             self.evaluated, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta
         )
         assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
         if not math.isfinite(val.loss):
             # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.
-            raise loop.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
+            raise sync.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
         times = {"val_time_s": time.perf_counter() - started}
         return {"val_loss": val.loss, "val_accuracy": val.accuracy, "val_rows": val.num_rows} | times
 
@@ -277,7 +275,7 @@ class Run:
         """Set the learning rates of `step`, counted from 0 over the whole run."""
         config = self.config
         total = config.epochs * self.steps
-        factor = loop.learning_rate(config.schedule, 1.0, config.warmup_fraction, step, total)
+        factor = learning_rate(config.schedule, 1.0, config.warmup_fraction, step, total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -298,12 +296,12 @@ def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> Fas
 
 def resident_batches(
     config: TrainConfig, images: Tensor, labels: Tensor, rank: Rank, num_steps: int
-) -> Callable[[int], Iterator[loop.Batch]]:
+) -> Callable[[int], Iterator[Batch]]:
     """Return `train_batches(epoch)` over a shard that stays on the device: each epoch is a permutation of its index."""
-    augmentation = loop.Augmentation(config.flip, config.shift, config.erase)
+    augmentation = Augmentation(config.flip, config.shift, config.erase)
 
-    def train_batches(epoch: int) -> Iterator[loop.Batch]:
-        return loop.shuffled_batches(
+    def train_batches(epoch: int) -> Iterator[Batch]:
+        return shuffled_batches(
             images,
             labels,
             batch_size=config.global_batch_size // rank.world_size,

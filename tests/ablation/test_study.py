@@ -9,7 +9,8 @@ import pytest
 from fashion.ablation import study
 from fashion.ablation.parts import PARTS, Part
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
-from fashion.reports import tables as report
+from fashion.reports import tables
+from fashion.reports.runs import find_run, load_run
 from fashion.storage import Storage
 
 ARMS = Part(preset="smoke", arms={"plain": {}, "mirrored": {"flip": "alternating", "dropout_fc": 0.1, "tta": "flip"}})
@@ -38,11 +39,10 @@ def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, t
     assert (alone["seeds"], alone["val_accuracy_std"]) == (1, None)
     rows = carry_out(tiny_storage, 2)
     assert [(row["arm"], row["baseline"]) for row in rows] == [("plain", None), ("mirrored", "plain")]
-    stored = report.read_table(tiny_storage, "study", "few-arms")
+    stored = tables.read_table(tiny_storage, "study", "few-arms")
     assert [row["test_accuracy"] for row in stored] == [row["test_accuracy"] for row in rows]
     runs = {
-        arm: [report.load_run(tiny_storage, f"few-arms-{arm}-s{seed}") for seed in (0, 1)]
-        for arm in ("plain", "mirrored")
+        arm: [load_run(tiny_storage, f"few-arms-{arm}-s{seed}") for seed in (0, 1)] for arm in ("plain", "mirrored")
     }
     for row in stored:
         own = runs[row["arm"]]
@@ -91,4 +91,4 @@ def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: St
                 announce=lambda run_id, plan: None,
             )
         )
-    assert report.find_run(tiny_storage, "few-before-plain-s0") is None
+    assert find_run(tiny_storage, "few-before-plain-s0") is None

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fashion.bench import peer_ddp, peer_keras, peers, startup
 from fashion.bench.measurement import Measurement, alternate, inverse, step_flops
 from fashion.config import ScaleConfig, UserError
-from fashion.data import prepare as data
-from fashion.data import synthetic
+from fashion.data import preparation, synthetic
+from fashion.data.rows import Split
 from fashion.model.network import NUM_PARAMETERS, FashionCNN, count_parameters
-from fashion.reports import console as summary
+from fashion.reports import console
 from fashion.storage import Storage
 
 
@@ -56,7 +56,7 @@ def test_a_row_that_aims_at_nothing_is_not_called_met(capsys: pytest.CaptureFixt
     aims = Measurement("aims", "1/h", [2.0], [1.0], 1.5, 1)
     does_not = Measurement("does_not", "1/h", [2.0], [1.0], 0.0, 1)
     assert does_not.columns()["met"] is None
-    summary.print_bench([aims.columns(), does_not.columns()])
+    console.print_bench([aims.columns(), does_not.columns()])
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
     assert "yes" in lines["aims"]
     assert "yes" not in lines["does_not"]
@@ -80,7 +80,7 @@ class Learner:
 def test_keras_trains_until_the_accuracy_or_until_time_is_over(
     accuracy: float, seconds: float, epochs: int, lenient: Path, storage: Storage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data.prepare(storage, str(lenient), val_rows=300)
+    preparation.prepare(storage, str(lenient), val_rows=300)
     capsys.readouterr()
     peer_keras.train_until(Learner(), storage, 8, accuracy, seconds)
     assert len(capsys.readouterr().out.splitlines()) == epochs
@@ -96,7 +96,7 @@ def test_the_network_under_torchrun_is_the_published_one() -> None:
 
 def test_rows_under_torchrun_are_those_of_the_storage() -> None:
     images, labels = synthetic.draw(20, seed=0)
-    dataset = peer_ddp.torchvision_dataset(data.Split(images, labels, np.arange(20, dtype=np.int32)), 0.3, 0.4)
+    dataset = peer_ddp.torchvision_dataset(Split(images, labels, np.arange(20, dtype=np.int32)), 0.3, 0.4)
     image, label = dataset[7]
     assert torch.allclose(image[0], (torch.tensor(images[7]) / 255 - 0.3) / 0.4)
     assert (image.shape, label) == ((1, 28, 28), labels[7])
@@ -156,7 +156,7 @@ def test_a_peer_answers_and_a_dead_one_says_why() -> None:
 
 @pytest.mark.commands
 def test_torchrun_trains_and_answers(lenient: Path, storage: Storage) -> None:
-    data.prepare(storage, str(lenient), val_rows=300)
+    preparation.prepare(storage, str(lenient), val_rows=300)
     command = peers.torchrun_command(storage.uri, 8, 1, "--tuned", "--precision", "bf16")
     with peers.Peer(command, peers.plain_environment(OMP_NUM_THREADS="1")) as peer:
         assert peer.ask(2) > 0

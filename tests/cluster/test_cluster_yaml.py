@@ -16,7 +16,7 @@ from conftest import ROOT, wait_for
 from hosts import Hosts
 
 from fashion import cli, config
-from fashion.reports import tables as report
+from fashion.reports import runs
 from fashion.storage import Storage
 from jobs import train
 
@@ -211,7 +211,7 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
     submit = f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m jobs.train {flags}"
     done = ray("exec", "--no-config-cache", str(file), f"cd {ROOT} && {submit}")
     assert done.returncode == 0, done.stdout + done.stderr
-    row = report.load_run(tiny_storage, "launched")
+    row = runs.load_run(tiny_storage, "launched")
     assert (row["status"], row["test_rows"]) == ("completed", 200)
     refused = machines.run(head, "ray", "status", RAY_AUTH_TOKEN="0" * 64, RAY_ADDRESS=f"{head.address}:6379")
     assert refused.returncode != 0, "whoever has no token is let in"

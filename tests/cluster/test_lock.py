@@ -13,15 +13,15 @@ import pytest
 from conftest import ROOT
 from pyarrow import fs as pafs
 
-from fashion.cluster.lock import Claim
+from fashion.cluster.lock import NameLock
 from fashion.config import UserError
 from fashion.storage import Storage, open_storage
 
 HOLD = """
 import sys, time
-from fashion.cluster.lock import Claim
+from fashion.cluster.lock import NameLock
 from fashion.storage import open_storage
-with Claim(open_storage(sys.argv[1]), "runs", "mine", "--run-id"):
+with NameLock(open_storage(sys.argv[1]), "runs", "mine", "--run-id"):
     print("claimed", flush=True)
     time.sleep(600)
 """
@@ -34,8 +34,8 @@ def without_locks(storage: Storage) -> Storage:
     return replace(storage, fs=pafs.SubTreeFileSystem("/", storage.fs))
 
 
-def claim(storage: Storage, name: str = "mine") -> Claim:
-    return Claim(storage, "runs", name, "--run-id", beat_s=0.2)
+def claim(storage: Storage, name: str = "mine") -> NameLock:
+    return NameLock(storage, "runs", name, "--run-id", beat_s=0.2)
 
 
 @pytest.mark.parametrize("kind", ["storage", "without_locks"])

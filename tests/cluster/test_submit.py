@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fashion.reports import tables as report
+from fashion.reports import runs, tables
 from fashion.storage import Storage
 
 pytestmark = pytest.mark.cluster
@@ -105,11 +105,11 @@ def test_the_same_job_runs_when_submitted(project: Path, running: str, tiny_stor
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
     assert "epoch 1/1" in done.stdout
-    row = report.load_run(tiny_storage, "sent")
+    row = runs.load_run(tiny_storage, "sent")
     assert (row["status"], row["test_rows"], row["world_size"]) == ("completed", 200, 2)
     assert row["source_hash"] == source_hash_of(project)
     for table in ("epochs", "predictions", "classes", "confusion"):
-        assert report.read_table(tiny_storage, table, "sent"), table
+        assert tables.read_table(tiny_storage, table, "sent"), table
 
 
 def test_a_search_runs_when_submitted(project: Path, running: str, tiny_storage: Storage) -> None:
@@ -120,10 +120,10 @@ def test_a_search_runs_when_submitted(project: Path, running: str, tiny_storage:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCEEDED" in done.stdout
     for trial in ("submitted-t0000", "submitted-t0001"):
-        [row] = report.read_table(tiny_storage, "trials", trial)
+        [row] = tables.read_table(tiny_storage, "trials", trial)
         assert (row["search_id"], row["status"], row["epochs_done"]) == ("submitted", "completed", 1)
-        assert len(report.read_table(tiny_storage, "epochs", trial)) == 2
-        assert report.load_run(tiny_storage, trial)["source_hash"] == source_hash_of(project)
+        assert len(tables.read_table(tiny_storage, "epochs", trial)) == 2
+        assert runs.load_run(tiny_storage, trial)["source_hash"] == source_hash_of(project)
 
 
 def source_hash_of(project: Path) -> str:

@@ -17,19 +17,21 @@ import pytest
 from conftest import REAL_DATA, assert_refused, call_job
 
 from fashion.config import UserError
-from fashion.data import prepare as data
-from fashion.data import synthetic
+from fashion.data import archives, preparation, shards, splits, synthetic
+from fashion.data.manifest import DATA_FOLDER, SPLITS, load_manifest
+from fashion.data.preparation import combined_sha256
+from fashion.data.rows import from_table
 from fashion.storage import Storage, open_storage
 from jobs import prepare
 
 
 def test_prepare_splits_every_row_once(storage: Storage, lenient: Path) -> None:
-    manifest, written = data.prepare(storage, str(lenient), val_rows=305, seed=3)
+    manifest, written = preparation.prepare(storage, str(lenient), val_rows=305, seed=3)
     assert written
     assert manifest.rows == {"train": 2695, "val": 305, "test": 500}
-    train, val = (data.load_split(storage, manifest, split) for split in ("train", "val"))
+    train, val = (splits.load_split(storage, manifest, split) for split in ("train", "val"))
     assert sorted([*train.index, *val.index]) == list(range(3000))
-    images, labels = data.read_pair(lenient, "train")
+    images, labels = archives.read_pair(lenient, "train")
     for split in (train, val):
         assert (images[split.index] == split.images).all()
         assert (labels[split.index] == split.labels).all()
@@ -41,14 +43,14 @@ def test_prepare_splits_every_row_once(storage: Storage, lenient: Path) -> None:
 
 
 def test_preparing_again_changes_nothing_and_another_request_is_refused(storage: Storage, lenient: Path) -> None:
-    first, _ = data.prepare(storage, str(lenient), val_rows=300)
-    again, written = data.prepare(storage, "auto", val_rows=300)
+    first, _ = preparation.prepare(storage, str(lenient), val_rows=300)
+    again, written = preparation.prepare(storage, "auto", val_rows=300)
     assert not written
     assert again == first
     with pytest.raises(UserError, match="prepared with --val-rows 300, not 400; name another --storage, or remove"):
-        data.prepare(storage, "auto", val_rows=400)
+        preparation.prepare(storage, "auto", val_rows=400)
     with pytest.raises(UserError, match="not the stand-in; name another --storage"):
-        data.prepare(storage, "synthetic", val_rows=300)
+        preparation.prepare(storage, "synthetic", val_rows=300)
 
 
 # --- the stand-in, where there is no network ------------------------------------------------------------------------
@@ -60,9 +62,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, lenient: Path) -> None:
     draw = synthetic.write_archives
 
     def refuse(_: Path) -> Path:
-        raise data.DownloadFailed("no mirror answers")
+        raise archives.DownloadFailed("no mirror answers")
 
-    monkeypatch.setattr(data, "download", refuse)
+    monkeypatch.setattr(archives, "download", refuse)
     monkeypatch.setattr(synthetic, "write_archives", lambda folder: draw(folder, seed=1, num_train_rows=2000))
 
 
@@ -79,13 +81,13 @@ def test_without_a_network_the_stand_in_serves_until_there_is_one(
         printed = capsys.readouterr()
         assert "Going on with the drawn stand-in" in printed.err
         assert ": fashion-mnist-synthetic, 1700 train, 300 val, 10000 test rows" in printed.out
-    monkeypatch.setattr(data, "download", lambda _: lenient)
+    monkeypatch.setattr(archives, "download", lambda _: lenient)
     prepare.main(or_synthetic(storage))
     assert "stand-in" not in capsys.readouterr().err
-    manifest = data.load_manifest(storage)
+    manifest = load_manifest(storage)
     assert manifest.rows == {"train": 2700, "val": 300, "test": 500}
-    for split in data.SPLITS:
-        assert storage.list(*data.DATA_FOLDER, split) == sorted(manifest.files[split]), "no file of the stand-in stays"
+    for split in SPLITS:
+        assert storage.list(*DATA_FOLDER, split) == sorted(manifest.files[split]), "no file of the stand-in stays"
 
 
 @pytest.mark.parametrize("failure", [UserError("another sum"), OSError("disk full"), RuntimeError("a bug")])
@@ -95,16 +97,16 @@ def test_only_a_failed_download_is_a_reason_for_the_stand_in(
     def fail(_: Path) -> Path:
         raise failure
 
-    monkeypatch.setattr(data, "download", fail)
+    monkeypatch.setattr(archives, "download", fail)
     with pytest.raises(type(failure), match=str(failure)):
         prepare.main(or_synthetic(storage))
-    assert not storage.exists(*data.DATA_FOLDER)
+    assert not storage.exists(*DATA_FOLDER)
 
 
 def test_prepared_data_is_never_replaced_by_the_stand_in(storage: Storage, lenient: Path, offline: None) -> None:
-    real, _ = data.prepare(storage, str(lenient), val_rows=300)
+    real, _ = preparation.prepare(storage, str(lenient), val_rows=300)
     prepare.main(or_synthetic(storage))
-    assert data.load_manifest(storage) == real
+    assert load_manifest(storage) == real
     with pytest.raises(UserError, match="prepared with --val-rows 300, not 400"):
         prepare.main(or_synthetic(storage, 400))
 
@@ -116,50 +118,50 @@ def test_another_seed_takes_another_val(tmp_path: Path, lenient: Path) -> None:
     index = []
     for seed in (0, 0, 1):
         storage = open_storage(str(tmp_path / f"{len(index)}"))
-        manifest, _ = data.prepare(storage, str(lenient), val_rows=300, seed=seed)
-        index.append(data.load_split(storage, manifest, "val").index.tolist())
+        manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300, seed=seed)
+        index.append(splits.load_split(storage, manifest, "val").index.tolist())
     assert index[0] == index[1]
     assert index[0] != index[2]
 
 
 def test_a_half_written_folder_is_not_taken_for_a_finished_one(storage: Storage, lenient: Path) -> None:
-    data.prepare(storage, str(lenient), val_rows=300)
-    Path(storage.path(*data.DATA_FOLDER, "manifest.json")).unlink()
+    preparation.prepare(storage, str(lenient), val_rows=300)
+    Path(storage.path(*DATA_FOLDER, "manifest.json")).unlink()
     with pytest.raises(UserError, match=r"run: python -m jobs.prepare"):
-        data.load_manifest(storage)
-    _, written = data.prepare(storage, str(lenient), val_rows=300)
+        load_manifest(storage)
+    _, written = preparation.prepare(storage, str(lenient), val_rows=300)
     assert written
 
 
 def _prepare(arguments: tuple[str, str, dict[str, str]]) -> str:
     uri, source, sums = arguments
-    data.ARCHIVES.update(sums)
-    return data.prepare(open_storage(uri), source, val_rows=300)[0].sha256
+    archives.ARCHIVES.update(sums)
+    return preparation.prepare(open_storage(uri), source, val_rows=300)[0].sha256
 
 
 @pytest.mark.commands
 def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> None:
-    task = (storage.uri, str(lenient), dict(data.ARCHIVES))
+    task = (storage.uri, str(lenient), dict(archives.ARCHIVES))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         sums = pool.map(_prepare, [task, task])
-    manifest = data.load_manifest(storage)
+    manifest = load_manifest(storage)
     assert sums == [manifest.sha256] * 2
-    assert [len(data.load_split(storage, manifest, split).labels) for split in data.SPLITS] == [2700, 300, 500]
+    assert [len(splits.load_split(storage, manifest, split).labels) for split in SPLITS] == [2700, 300, 500]
 
 
 @pytest.mark.parametrize("state", ["damaged", "missing"])
 def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, lenient: Path, state: str) -> None:
-    manifest, _ = data.prepare(storage, str(lenient), val_rows=300)
-    path = Path(data.split_paths(storage, manifest, "val")[0])
+    manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
+    path = Path(splits.split_paths(storage, manifest, "val")[0])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink() if state == "missing" else path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path} is {state}; remove (.*) and prepare again") as told:
-        data.load_split(storage, manifest, "val")
+        splits.load_split(storage, manifest, "val")
     shutil.rmtree(str(told.value).split()[4])
-    again, written = data.prepare(storage, str(lenient), val_rows=300)
+    again, written = preparation.prepare(storage, str(lenient), val_rows=300)
     assert written
-    assert len(data.load_split(storage, again, "val").labels) == 300
+    assert len(splits.load_split(storage, again, "val").labels) == 300
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, leni
         {"rows": {"train": 1}},
         {"surplus": 1},
         {"files": {"train": {"../../x.parquet": "0"}, "val": {}, "test": {}}},
-        {"files": {name: {} for name in data.SPLITS}},
+        {"files": {name: {} for name in SPLITS}},
         {"rows": {"train": "many", "val": 1, "test": 1}},
         {"pixel_mean": "grey"},
         {"dataset": "fashion\nmnist"},
@@ -178,27 +180,27 @@ def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, leni
     ],
 )
 def test_a_damaged_manifest_is_refused(storage: Storage, lenient: Path, change: dict[str, object]) -> None:
-    data.prepare(storage, str(lenient), val_rows=300)
-    path = Path(storage.path(*data.DATA_FOLDER, "manifest.json"))
+    preparation.prepare(storage, str(lenient), val_rows=300)
+    path = Path(storage.path(*DATA_FOLDER, "manifest.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"manifest.json is damaged .* prepare again"):
-        data.load_manifest(storage)
+        load_manifest(storage)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" * 10, None])
 def test_a_sum_that_fits_proves_nothing(storage: Storage, lenient: Path, content: bytes | None) -> None:
     """Whoever hands over prepared data can make sums of anything."""
-    manifest, _ = data.prepare(storage, str(lenient), val_rows=300)
+    manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
     [name] = manifest.files["val"]
-    path = Path(storage.path(*data.DATA_FOLDER, "val", name))
+    path = Path(storage.path(*DATA_FOLDER, "val", name))
     if content is None:
         pq.write_table(pq.read_table(path).slice(1), path)
     else:
         path.write_bytes(content)
     told = "holds 299 rows, not 300" if content is None else f"{path} is damaged"
-    files = manifest.files | {"val": {name: data.file_sha256(path)}}
+    files = manifest.files | {"val": {name: archives.file_sha256(path)}}
     with pytest.raises(UserError, match=rf"{told}.*; remove .* and prepare again"):
-        data.load_split(storage, dataclasses.replace(manifest, files=files), "val")
+        splits.load_split(storage, dataclasses.replace(manifest, files=files), "val")
 
 
 # --- wrong archives -----------------------------------------------------------------------------------------------
@@ -245,25 +247,25 @@ def test_a_wrong_archive_is_refused_and_nothing_is_written(
 
 def test_no_source_folder(storage: Storage) -> None:
     with pytest.raises(UserError, match="neither auto, download, synthetic nor a folder"):
-        data.prepare(storage, "/does/not/exist")
+        preparation.prepare(storage, "/does/not/exist")
 
 
 @pytest.mark.parametrize("val_rows", [0, 9, 50_001])
 def test_val_rows_have_limits(storage: Storage, val_rows: int) -> None:
     with pytest.raises(UserError, match="--val-rows"):
-        data.prepare(storage, "auto", val_rows=val_rows)
+        preparation.prepare(storage, "auto", val_rows=val_rows)
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the official archives are not here")
 @pytest.mark.slow
 def test_the_official_archives(storage: Storage) -> None:
     """The pinned constants are facts about the real data: recompute them from it."""
-    manifest, _ = data.prepare(storage, str(REAL_DATA))
+    manifest, _ = preparation.prepare(storage, str(REAL_DATA))
     assert manifest.dataset == "fashion-mnist"
     assert manifest.rows == {"train": 55_000, "val": 5_000, "test": 10_000}
     assert manifest.class_counts["val"] == [500] * 10
     assert manifest.class_counts["test"] == [1000] * 10
-    images, _ = data.read_pair(REAL_DATA, "train")
+    images, _ = archives.read_pair(REAL_DATA, "train")
     assert (images.mean() / 255, images.std() / 255) == (
         pytest.approx(0.28604, abs=1e-5),
         pytest.approx(0.35302, abs=1e-5),
@@ -274,28 +276,28 @@ def test_the_official_archives(storage: Storage) -> None:
 
 
 def test_a_slice_of_a_table_keeps_its_images(storage: Storage, lenient: Path) -> None:
-    manifest, _ = data.prepare(storage, str(lenient), val_rows=300)
-    table = pq.read_table(data.split_paths(storage, manifest, "test")[0])
-    whole, part = data.from_table(table), data.from_table(table.slice(100, 7))
+    manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
+    table = pq.read_table(splits.split_paths(storage, manifest, "test")[0])
+    whole, part = from_table(table), from_table(table.slice(100, 7))
     assert (whole.images[100:107] == part.images).all()
 
 
 @pytest.mark.parametrize("num_rows", [1, 10, 55_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_shards_cover_every_row_once(num_rows: int, world_size: int) -> None:
-    bounds = [data.shard_bounds(num_rows, rank, world_size) for rank in range(world_size)]
+    bounds = [shards.shard_bounds(num_rows, rank, world_size) for rank in range(world_size)]
     assert [row for start, stop in bounds for row in range(start, stop)] == list(range(num_rows))
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_one_cut_serves_every_width() -> None:
-    cuts = data.cut_points(1000, 2, 5)
+    cuts = shards.cut_points(1000, 2, 5)
     for width in range(2, 6):
         for rank in range(width):
-            pieces = data.pieces_of_shard(cuts, rank, width)
+            pieces = shards.blocks_of_shard(cuts, rank, width)
             rows = [row for k in pieces for row in range(cuts[k], cuts[k + 1])]
-            assert rows == list(range(*data.shard_bounds(1000, rank, width)))
+            assert rows == list(range(*shards.shard_bounds(1000, rank, width)))
 
 
 def test_storage_writes_whole_files_or_none(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +366,6 @@ def test_each_folder_that_is_written_to_must_take_files(storage: Storage) -> Non
 
 def test_the_sum_names_archives_and_split() -> None:
     sums = {"b": "2", "a": "1"}
-    named = data.combined_sha256(sums, val_rows=5, seed=0)
+    named = combined_sha256(sums, val_rows=5, seed=0)
     assert named == hashlib.sha256(b"a:1\nb:2\nseed:0\nval_rows:5\n").hexdigest()
-    assert len({named, data.combined_sha256(sums, 6, 0), data.combined_sha256(sums, 5, 1)}) == 3
+    assert len({named, combined_sha256(sums, 6, 0), combined_sha256(sums, 5, 1)}) == 3

@@ -19,10 +19,10 @@ import psutil
 import pytest
 from drivers import Driver, Outcome, assert_unharmed, prepare_small
 
-from fashion.reports import tables as report
+from fashion.reports import runs, tables
 from fashion.storage import Storage, open_storage
 from fashion.training import checkpoint
-from fashion.training.checkpoint_manager import Keeper
+from fashion.training.checkpoint_manager import CheckpointManager
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200), pytest.mark.usefixtures("nothing_is_left")]
 
@@ -37,8 +37,8 @@ def storage(small_storage: Storage) -> Storage:
 
 def age_of_newest(storage: Storage, run_id: str) -> float | None:
     """Return the seconds since the newest whole checkpoint was begun to be written: what a kill now would cost."""
-    keeper = Keeper(storage, ("runs", run_id), newest=2)
-    name, _ = keeper.newest_whole()
+    manager = CheckpointManager(storage, ("runs", run_id), newest=2)
+    name, _ = manager.newest_whole()
     if name is None:
         return None
     return time.time() - Path(storage.path("runs", run_id, name, checkpoint.WEIGHTS)).stat().st_mtime
@@ -77,14 +77,14 @@ def test_a_kill_at_a_random_moment_costs_no_bit(storage: Storage, unbroken: Outc
 
 def seconds_of_training(storage: Storage) -> float:
     """Return how long the epochs of the unbroken run took."""
-    rows = report.read_table(storage, "epochs", "unbroken")
+    rows = tables.read_table(storage, "epochs", "unbroken")
     return float(sum(row["epoch_time_s"] for row in rows))
 
 
 def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken: Outcome) -> None:
     """SIGSTOP: it is alive and does nothing; the rank that waits for it leaves its stacks."""
     driver = Driver(storage, "stopped", "--hang-timeout-s=8")
-    driver.wait_for(lambda: Keeper(storage, ("runs", "stopped"), newest=2).newest_whole()[0])
+    driver.wait_for(lambda: CheckpointManager(storage, ("runs", "stopped"), newest=2).newest_whole()[0])
     victim = driver.workers()[0]
     victim.send_signal(signal.SIGSTOP)
     said = driver.wait()
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     said = driver.wait()
     assert driver.process.returncode == 1, said
     assert "No space left on device" in said
-    assert report.load_run(filling_disk, "full")["status"] == "failed"
+    assert runs.load_run(filling_disk, "full")["status"] == "failed"
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=600m", filling_disk.uri], check=True)
     again = Driver(filling_disk, "full")
@@ -141,7 +141,7 @@ def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
         [compiler, "-shared", "-fPIC", "-o", library, Path(__file__).with_name("clock.c"), "-ldl"], check=True
     )
     driver = Driver(storage, "late", LD_PRELOAD=str(library), CLOCK_OFFSET_FILE=str(offset))
-    driver.wait_for(lambda: Keeper(storage, ("runs", "late"), newest=2).newest_whole()[0])
+    driver.wait_for(lambda: CheckpointManager(storage, ("runs", "late"), newest=2).newest_whole()[0])
     offset.write_text(str(3 * 3600))
     second = Driver(storage, "late")
     said = second.wait()
@@ -149,8 +149,8 @@ def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
     assert f"error: --run-id late is in use by process {driver.process.pid} of" in said
     said = driver.wait()
     assert driver.process.returncode == 0, said
-    row = report.load_run(storage, "late")
+    row = runs.load_run(storage, "late")
     assert (row["finished_at"] - row["started_at"]).total_seconds() > 3 * 3600, "its clock was not set"
     assert row["wall_s"] < 600
-    assert all(each["epoch_time_s"] < 600 for each in report.read_table(storage, "epochs", "late"))
+    assert all(each["epoch_time_s"] < 600 for each in tables.read_table(storage, "epochs", "late"))
     assert_unharmed(storage, "late", unbroken)

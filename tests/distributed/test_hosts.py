@@ -13,7 +13,7 @@ from conftest import ROOT, call_job, wait_for
 from hosts import DASHBOARD, Host, Hosts
 
 import jobs.train
-from fashion.reports import tables as report
+from fashion.reports import runs, tables
 from fashion.storage import Storage
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not() or "hosts")]
@@ -77,7 +77,7 @@ def train(cluster: Hosts, storage: Storage, run_id: str) -> subprocess.Completed
 
 def scores(storage: Storage, run_id: str) -> dict[tuple[int, str], tuple[float, float]]:
     """Return loss and accuracy of each epoch and split."""
-    rows = report.read_table(storage, "epochs", run_id)
+    rows = tables.read_table(storage, "epochs", run_id)
     return {(row["epoch"], row["split"]): (row["loss"], row["accuracy"]) for row in rows}
 
 
@@ -132,7 +132,7 @@ def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: 
     assert "3 node(s), 3 CPUs" in spread.stdout
     local = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
     assert local.returncode == 0, local.stderr
-    far, near = (report.load_run(tiny_storage, name) for name in ("spread", "local"))
+    far, near = (runs.load_run(tiny_storage, name) for name in ("spread", "local"))
     assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
     assert (far["world_size"], far["status"], far["test_rows"]) == (2, "completed", 200)
     assert scores(tiny_storage, "spread") == scores(tiny_storage, "local")
@@ -142,7 +142,7 @@ def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: 
 def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: Storage) -> None:
     """Its cable is pulled: its worker lives on, and nobody hears of it. After the unbroken run it is compared with."""
     job = start(whole, "cut-off", "jobs.train", *train_flags(tiny_storage, "cut-off"))
-    wait_for(lambda: report.read_table(tiny_storage, "epochs", "cut-off"), "first epoch")
+    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "cut-off"), "first epoch")
     lost = host_of(whole, "ray::RayTrainWorker")
     whole.cut(lost)
     assert job.wait(300) == 0, log_of(whole, "cut-off").read_text()
@@ -157,14 +157,14 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     flags = [*train_flags(tiny_storage, "warned"), "--global-batch-size=8", "--checkpoint-every-s=1000000"]
     watched = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S=1")
     job = start(whole, "warned", "jobs.train", *flags, settings=watched)
-    wait_for(lambda: report.read_table(tiny_storage, "epochs", "warned"), "first epoch")
+    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "warned"), "first epoch")
     lost = host_of(whole, "ray::RayTrainWorker")
     drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
     done = whole.run(whole.head, "ray", "drain-node", "--node-id", alive(whole)[lost.address], *drain, "15")
     assert done.returncode == 0, done.stdout + done.stderr
     wait_for(lambda: any("-step-" in name for name in tiny_storage.list("runs", "warned")), "checkpoint in an epoch")
     assert job.wait(300) == 0, log_of(whole, "warned").read_text()
-    assert report.load_run(tiny_storage, "warned")["epochs_done"] == EPOCHS
+    assert runs.load_run(tiny_storage, "warned")["epochs_done"] == EPOCHS
     whole.kill(lost)
 
 
@@ -172,7 +172,7 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     epochs = 16
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]
     job = start(whole, "elastic", "jobs.train", *flags)
-    wait_for(lambda: report.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
+    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
     assert num_workers(whole) == 2
     for host in whole.hosts[1:]:
         whole.kill(host)
@@ -181,12 +181,12 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     whole.wait(whole.hosts[1])
     wait_for(lambda: num_workers(whole) == 2, "second worker")
     assert job.wait(300) == 0, log_of(whole, "elastic").read_text()
-    row = report.load_run(tiny_storage, "elastic")
+    row = runs.load_run(tiny_storage, "elastic")
     assert (row["status"], row["epochs_done"], row["world_size"]) == ("completed", epochs, 2)
-    rows = report.read_table(tiny_storage, "epochs", "elastic")
+    rows = tables.read_table(tiny_storage, "epochs", "elastic")
     fixed = call_job(jobs.train.main, *train_flags(tiny_storage, "fixed", epochs=epochs))
     assert fixed.returncode == 0, fixed.stderr
-    accuracies = [report.load_run(tiny_storage, name)["test_accuracy"] for name in ("elastic", "fixed")]
+    accuracies = [runs.load_run(tiny_storage, name)["test_accuracy"] for name in ("elastic", "fixed")]
     print("test accuracy: elastic {:.4f}, fixed {:.4f}".format(*accuracies))
     assert abs(accuracies[0] - accuracies[1]) < 3 * math.sqrt(2 * accuracies[1] * (1 - accuracies[1]) / 200)
     assert {each["rows"] for each in rows if each["split"] == "train"} == {256}, "each epoch has all its rows"
@@ -198,9 +198,9 @@ def test_a_trials_workers_are_on_different_hosts(whole: Hosts, tiny_storage: Sto
     job = start(whole, "wide", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
     wait_for(lambda: len(hosts_of(whole, "ray::RayTrainWorker")) == 2, "workers on two hosts")
     assert job.wait(300) == 0, log_of(whole, "wide").read_text()
-    [row] = report.read_table(tiny_storage, "trials", "wide-t0000")
+    [row] = tables.read_table(tiny_storage, "trials", "wide-t0000")
     assert (row["status"], row["epochs_done"]) == ("completed", 1)
-    assert report.load_run(tiny_storage, "wide-t0000")["exchange"] == "gloo"
+    assert runs.load_run(tiny_storage, "wide-t0000")["exchange"] == "gloo"
 
 
 def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: Storage) -> None:
@@ -210,7 +210,7 @@ def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: St
     whole.kill(host_of(whole, "ray::ImplicitFunc.train"))
     assert job.wait(300) == 0, log_of(whole, "sought").read_text()
     for number in range(4):
-        [row] = report.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
+        [row] = tables.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
         assert (row["status"], row["epochs_done"]) == ("completed", 2)
-    refit = report.load_run(tiny_storage, "sought-refit")
+    refit = runs.load_run(tiny_storage, "sought-refit")
     assert (refit["kind"], refit["status"], refit["test_rows"]) == ("refit", "completed", 200)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import TrainConfig
 from fashion.distributed import shared_memory as exchange
-from fashion.distributed.shared_memory import SharedUpdate, pieces_of
+from fashion.distributed.shared_memory import ShardedOptimizer, slices_of
 from fashion.model import network as model_module
 from fashion.training import run as fit
 from fashion.training.optimizer import build_optimizer
@@ -65,7 +65,7 @@ def step(
 
 
 def average_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """What `SharedUpdate` says that it does, through sockets."""
+    """What `ShardedOptimizer` says that it does, through sockets."""
     gradient = bucket.buffer()
     sent = [torch.empty_like(gradient, dtype=dtype) for _ in range(WORLD_SIZE)]
     dist.all_gather(sent, gradient.to(dtype))
@@ -89,7 +89,7 @@ def check_steps(rank: int, name: str, dtype: torch.dtype) -> None:
     wrapped = DistributedDataParallel(plain, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(dtype, average_in_rank_order)
     model, optimizer = started(name)
-    shared = SharedUpdate.open(optimizer, dtype)
+    shared = ShardedOptimizer.open(optimizer, dtype)
     assert shared is not None
     ours = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
     ours.register_comm_hook(None, shared.hook)
@@ -115,19 +115,19 @@ def check_ranks_that_cannot_share(rank: int) -> None:
     optimizer = torch.optim.SGD(nn.Linear(10, 10).parameters(), lr=0.1)
     real = exchange.size_of, exchange.map_file
     exchange.size_of = lambda optimizer, dtype: 1 << 50
-    assert SharedUpdate.open(optimizer, torch.float32) is None, "no machine has that much"
+    assert ShardedOptimizer.open(optimizer, torch.float32) is None, "no machine has that much"
     exchange.size_of = real[0]
     if rank == 1:
         exchange.map_file = lambda path: None
-    assert SharedUpdate.open(optimizer, torch.float32) is None
+    assert ShardedOptimizer.open(optimizer, torch.float32) is None
     exchange.map_file = real[1]
-    assert SharedUpdate.open(optimizer, torch.float32) is not None
+    assert ShardedOptimizer.open(optimizer, torch.float32) is not None
 
 
 def check_death(rank: int) -> None:
     """A rank that died is noticed at once, not after the time limit of a minute."""
     model, optimizer = started("muon")
-    shared = SharedUpdate.open(optimizer, torch.float32)
+    shared = ShardedOptimizer.open(optimizer, torch.float32)
     assert shared is not None
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
     wrapped.register_comm_hook(None, shared.hook)
@@ -154,7 +154,7 @@ def test_ranks_of_one_host_share_the_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_row_is_moved_by_one_rank(name: str, world_size: int) -> None:
     _, optimizer = started(name)
-    ranks = [pieces_of(optimizer.param_groups, rank, world_size) for rank in range(world_size)]
+    ranks = [slices_of(optimizer.param_groups, rank, world_size) for rank in range(world_size)]
     for number, group in enumerate(optimizer.param_groups):
         own = [[piece for piece in pieces if piece.group == number] for pieces in ranks]
         for weight in group["params"]:

@@ -21,16 +21,19 @@ from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 import jobs.train
-from fashion.cluster import plan as cluster
+from fashion.cluster.plan import make_plan
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError, flag, preset
-from fashion.data import prepare as data
+from fashion.data import preparation, shards
+from fashion.data.manifest import load_manifest
+from fashion.data.splits import load_split, open_dataset
 from fashion.distributed import trainer
 from fashion.inference import evaluation
-from fashion.reports import tables as report
-from fashion.reports.progress import Bar
+from fashion.reports import provenance
+from fashion.reports.progress import ProgressBar
+from fashion.reports.runs import find_run, load_run, stored_config
+from fashion.reports.tables import read_table
 from fashion.storage import Storage, open_storage
-from fashion.training import checkpoint
-from fashion.training import epoch as loop
+from fashion.training import batches, checkpoint
 from fashion.training.checkpoint_manager import name_of
 from fashion.training.run import PROGRESS_FORMAT, build_model
 
@@ -45,7 +48,7 @@ TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Real data where it can be had, with a val that is small and divides by no number of workers."""
     storage = open_storage(str(tmp_path_factory.mktemp("train")))
-    data.prepare(storage, real_source(), val_rows=101)
+    preparation.prepare(storage, real_source(), val_rows=101)
     return storage
 
 
@@ -68,14 +71,16 @@ def scale(num_workers: int | str) -> ScaleConfig:
 
 def fit(storage: Storage, run_id: str, config: TrainConfig, num_workers: int | str) -> Fitted:
     """Train with `num_workers` workers, without the evaluation on test; return outcome and chosen weights."""
-    manifest = data.load_manifest(storage)
-    plan = cluster.make_plan(config, scale(num_workers), manifest)
-    row = trainer.fit_and_choose(trainer.Job(storage, run_id, config, plan, manifest))
+    manifest = load_manifest(storage)
+    plan = make_plan(config, scale(num_workers), manifest)
+    row = trainer.fit_and_choose(trainer.RunSpec(storage, run_id, config, plan, manifest))
     assert row["status"] == "completed", row
-    return Fitted(row, report.read_table(storage, "epochs", run_id), weights_of(storage, row))
+    return Fitted(row, read_table(storage, "epochs", run_id), weights_of(storage, row))
 
 
-def train(storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig, **options: Any) -> trainer.Finished:
+def train(
+    storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig, **options: Any
+) -> trainer.TrainResult:
     """Train as the command does, on the data that was prepared, be it real or the stand-in."""
     return trainer.train(storage, run_id, config, scale, source=real_source(), **options)
 
@@ -122,12 +127,12 @@ def cut(ray_cluster: None, storage: Storage) -> tuple[subprocess.CompletedProces
     threading.Thread(target=interrupt_after_an_epoch, args=(storage, "whole"), daemon=True).start()
     done = call_job(jobs.train.main, *flags)
     signal.signal(signal.SIGINT, before)
-    return done, report.load_run(storage, "whole")
+    return done, load_run(storage, "whole")
 
 
 def interrupt_after_an_epoch(storage: Storage, run_id: str) -> None:
     deadline = time.monotonic() + 300
-    while not report.read_table(storage, "epochs", run_id) and time.monotonic() < deadline:
+    while not read_table(storage, "epochs", run_id) and time.monotonic() < deadline:
         time.sleep(0.1)
     number = threading.main_thread().ident
     assert number is not None
@@ -158,15 +163,15 @@ def workers_alive() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(cut: tuple[subprocess.CompletedProcess[str], dict[str, Any]], storage: Storage) -> trainer.Finished:
+def trained(cut: tuple[subprocess.CompletedProcess[str], dict[str, Any]], storage: Storage) -> trainer.TrainResult:
     """The same run to its end: trained in two lives, chosen on val, evaluated on test, reported."""
     return train(storage, "whole", RANDOM, ScaleConfig(num_workers="2"), resume=True)
 
 
 def fitted(storage: Storage, run_id: str) -> Fitted:
     """Return what a run has left."""
-    row = report.load_run(storage, run_id)
-    return Fitted(row, report.read_table(storage, "epochs", run_id), weights_of(storage, row))
+    row = load_run(storage, run_id)
+    return Fitted(row, read_table(storage, "epochs", run_id), weights_of(storage, row))
 
 
 def assert_same(one: Fitted, two: Fitted) -> None:
@@ -175,7 +180,7 @@ def assert_same(one: Fitted, two: Fitted) -> None:
     assert one.epochs_without_times() == two.epochs_without_times()
 
 
-def test_the_same_seed_gives_the_same_bits_interrupted_or_not(trained: trainer.Finished, storage: Storage) -> None:
+def test_the_same_seed_gives_the_same_bits_interrupted_or_not(trained: trainer.TrainResult, storage: Storage) -> None:
     """And no process is started but the workers and the one they meet at."""
     assert 1 <= trained.row["resumed_from"] < RANDOM.epochs
     before = set(actors())
@@ -225,7 +230,7 @@ def fit_last(storage: Storage, run_id: str, config: TrainConfig, num_workers: in
 
 def fit_first(config: TrainConfig) -> dict[str, Tensor]:
     """Return the weights before the first step."""
-    torch.manual_seed(loop.stream_seed(config.seed, 0, 0, 1))
+    torch.manual_seed(batches.stream_seed(config.seed, 0, 0, 1))
     return build_model(config, 0.0, 1.0).state_dict()
 
 
@@ -239,14 +244,14 @@ def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, stor
 
 def test_shards_are_the_written_rows_in_their_order(ray_cluster: None, storage: Storage) -> None:
     """Every shard, resident or streamed, is the rows of the files: the prefix that was asked for, none twice."""
-    manifest = data.load_manifest(storage)
-    cuts = data.cut_points(31_007, 1, 3)
-    written = data.load_split(storage, manifest, "train").index[:31_007]
-    pieces = ray.get(data.share_pieces(data.load_split(storage, manifest, "train"), cuts))
-    streamed = data.open_dataset(storage, manifest, "train").limit(31_007)
+    manifest = load_manifest(storage)
+    cuts = shards.cut_points(31_007, 1, 3)
+    written = load_split(storage, manifest, "train").index[:31_007]
+    pieces = ray.get(shards.share_blocks(load_split(storage, manifest, "train"), cuts))
+    streamed = open_dataset(storage, manifest, "train").limit(31_007)
     for tables in (pieces, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
         assert [row for table in tables for row in table["index"].to_pylist()] == written.tolist()
-    assert data.share_pieces(data.load_split(storage, manifest, "val"), data.cut_points(0, 1, 3)) == []
+    assert shards.share_blocks(load_split(storage, manifest, "val"), shards.cut_points(0, 1, 3)) == []
 
 
 def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storage: Storage) -> None:
@@ -254,7 +259,7 @@ def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storag
     config = replace(TINY, optimizer="adamw", weight_decay=1e30, schedule="constant", precision="fp32")
     with pytest.raises(trainer.RunFailed, match=r"run wild diverged: loss is not finite at epoch 1, step \d+"):
         train(storage, "wild", config, scale(3))
-    row = report.load_run(storage, "wild")
+    row = load_run(storage, "wild")
     assert row["world_size"] == 3
     assert row["status"] == "diverged"
     assert "epoch 1, step" in row["error"]
@@ -269,28 +274,28 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
             train(storage, "gpu", TINY, ScaleConfig(num_workers="1", use_gpu="yes"))
     flags = ["--storage", storage.uri, "--source", real_source(), "--num-workers", "4"]
     assert_refused(call_job(jobs.train.main, *flags, "--run-id", "wide"), "needs 4 CPUs (4 x 1) and the cluster has 2")
-    assert report.find_run(storage, "wide") is None
+    assert find_run(storage, "wide") is None
     assert not storage.exists("runs", "wide")
 
 
-def test_a_whole_run_learns_and_reports_everything(trained: trainer.Finished, storage: Storage) -> None:
-    row = report.load_run(storage, "whole")
+def test_a_whole_run_learns_and_reports_everything(trained: trainer.TrainResult, storage: Storage) -> None:
+    row = load_run(storage, "whole")
     assert row["status"] == "completed"
     assert row["test_rows"] == 10_000
     assert row["num_parameters"] == 7_001_194
     assert row["test_accuracy"] > 0.6
-    assert row["source_hash"] == report.source_hash()
+    assert row["source_hash"] == provenance.source_hash()
     assert row["exchange"] == ("shared memory" if room_to_share() else "gloo")
     assert None not in [row[key] for key in ("images_per_s", "precision", "peak_memory_bytes", "wall_s", "finished_at")]
-    warm = [each for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"][1:]
+    warm = [each for each in read_table(storage, "epochs", "whole") if each["split"] == "train"][1:]
     assert all(each["data_wait_s"] < 0.05 * each["epoch_time_s"] for each in warm), "erasing draws noise"
-    losses = [each["loss"] for each in report.read_table(storage, "epochs", "whole") if each["split"] == "train"]
+    losses = [each["loss"] for each in read_table(storage, "epochs", "whole") if each["split"] == "train"]
     assert losses[-1] < losses[0]
-    predictions = report.read_table(storage, "predictions", "whole")
+    predictions = read_table(storage, "predictions", "whole")
     assert sorted(each["index"] for each in predictions) == list(range(10_000))
     right = sum(each["label"] == each["predicted"] for each in predictions)
     assert row["test_accuracy"] == right / 10_000
-    cells = report.read_table(storage, "confusion", "whole")
+    cells = read_table(storage, "confusion", "whole")
     assert sum(cell["count"] for cell in cells) == 10_000
     assert sum(cell["count"] for cell in cells if cell["label"] == cell["predicted"]) == right
 
@@ -301,11 +306,11 @@ def room_to_share() -> bool:
     return shared.is_dir() and shutil.disk_usage(shared).free > 4 * 7_001_194 * 4
 
 
-def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.Finished, storage: Storage) -> None:
+def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.TrainResult, storage: Storage) -> None:
     files = Path(storage.path("runs", "whole", "tensorboard")).glob("events.out.tfevents.*")  # one of each life
     events = [event for path in files for event in events_of(path)]
     values = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
-    rows = report.read_table(storage, "epochs", "whole")
+    rows = read_table(storage, "epochs", "whole")
     for row in rows:
         assert values[f"{row['split']}_loss", row["epoch"]] == pytest.approx(row["loss"])
     assert any("_hparams_" in tag for tag, _ in values)
@@ -320,8 +325,8 @@ def events_of(path: Path) -> Iterator[Event]:
         content = content[16 + size :]
 
 
-def test_training_again_under_the_same_name(trained: trainer.Finished, storage: Storage) -> None:
-    config = report.stored_config(storage, "whole")
+def test_training_again_under_the_same_name(trained: trainer.TrainResult, storage: Storage) -> None:
+    config = stored_config(storage, "whole")
     with pytest.raises(UserError, match="--run-id whole exists already"):
         train(storage, "whole", config, ScaleConfig())
     again = train(storage, "whole", config, ScaleConfig(), resume=True)
@@ -330,15 +335,15 @@ def test_training_again_under_the_same_name(trained: trainer.Finished, storage: 
         train(storage, "whole", replace(config, lr=0.5), ScaleConfig(), resume=True)
 
 
-def test_any_number_of_workers_evaluates_alike(trained: trainer.Finished, storage: Storage) -> None:
+def test_any_number_of_workers_evaluates_alike(trained: trainer.TrainResult, storage: Storage) -> None:
     confusions = []
-    manifest = data.load_manifest(storage)
+    manifest = load_manifest(storage)
     for num_workers in (2, 1, 7):  # the run itself evaluated with two
         if num_workers != 2:
             # Tasks of a CPU each take turns in two processes, which spares the tests the start of seven.
-            plan = replace(cluster.make_plan(TINY, scale(num_workers), manifest), cpus_per_worker=1)
+            plan = replace(make_plan(TINY, scale(num_workers), manifest), cpus_per_worker=1)
             assert evaluation.evaluate_run(storage, "whole", trained.row, split="test", plan=plan).num_rows == 10_000
-        rows = report.read_table(storage, "confusion", "whole")
+        rows = read_table(storage, "confusion", "whole")
         confusions.append([row["count"] for row in rows if row["split"] == "test"])
         assert sum(confusions[-1]) == 10_000
     assert all(each == confusions[0] for each in confusions)
@@ -347,17 +352,17 @@ def test_any_number_of_workers_evaluates_alike(trained: trainer.Finished, storag
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("num_rows", [1, 499, 500, 501, 10_000, 55_000])
 def test_tasks_share_the_rows(num_workers: int, num_rows: int, storage: Storage) -> None:
-    plan = cluster.make_plan(TINY, scale(1), data.load_manifest(storage))
+    plan = make_plan(TINY, scale(1), load_manifest(storage))
     parts = evaluation.shards(num_rows, replace(plan, num_workers=(num_workers, num_workers)))
     assert [row for start, stop in parts for row in range(start, stop)] == list(range(num_rows))
     assert len(parts) <= num_workers
 
 
-def test_both_ways_of_evaluating_agree(trained: trainer.Finished, storage: Storage) -> None:
+def test_both_ways_of_evaluating_agree(trained: trainer.TrainResult, storage: Storage) -> None:
     """In the training loop by ranks, and as batch inference; rounding may turn one row of 101."""
-    plan = cluster.make_plan(TINY, scale(1), data.load_manifest(storage))
+    plan = make_plan(TINY, scale(1), load_manifest(storage))
     scores = evaluation.evaluate_run(storage, "whole", trained.row, split="val", plan=plan)
-    row = report.load_run(storage, "whole")
+    row = load_run(storage, "whole")
     assert scores.num_rows == 101
     assert row["val_accuracy"] == pytest.approx(scores.accuracy, abs=1.01 / 101)
     assert row["val_loss"] == pytest.approx(scores.loss, rel=0.01)
@@ -365,11 +370,11 @@ def test_both_ways_of_evaluating_agree(trained: trainer.Finished, storage: Stora
     mirrored = evaluation.evaluate_run(storage, "whole", trained.row | {"config_json": config}, split="val", plan=plan)
     assert mirrored.loss != scores.loss
     assert mirrored.loss == pytest.approx(scores.loss, rel=0.2)
-    splits = {each["split"] for each in report.read_table(storage, "predictions", "whole")}
+    splits = {each["split"] for each in read_table(storage, "predictions", "whole")}
     assert splits == {"test", "val"}, "evaluating one split leaves the other's rows"
 
 
-def test_a_finished_run_is_left_alone_by_the_command(trained: trainer.Finished, storage: Storage) -> None:
+def test_a_finished_run_is_left_alone_by_the_command(trained: trainer.TrainResult, storage: Storage) -> None:
     done = call_job(jobs.train.main, "--storage", storage.uri, "--run-id", "whole", "--resume")
     assert done.returncode == 0, done.stderr
     assert "run whole is finished already; nothing to do" in done.stdout
@@ -378,12 +383,12 @@ def test_a_finished_run_is_left_alone_by_the_command(trained: trainer.Finished, 
 
 
 def test_other_data_than_the_run_was_trained_on_is_refused(
-    trained: trainer.Finished, storage: Storage, tmp_path: Path
+    trained: trainer.TrainResult, storage: Storage, tmp_path: Path
 ) -> None:
     """With another split, val would hold rows that the run has trained on."""
     other = open_storage(str(tmp_path))
-    data.prepare(other, real_source(), val_rows=100)
-    plan = cluster.make_plan(TINY, scale(1), data.load_manifest(other))
+    preparation.prepare(other, real_source(), val_rows=100)
+    plan = make_plan(TINY, scale(1), load_manifest(other))
     with pytest.raises(UserError, match="is not what the run was trained on"):
         evaluation.evaluate_run(other, "whole", trained.row, split="val", plan=plan)
 
@@ -403,7 +408,7 @@ def test_an_interruption_has_the_time_it_needs() -> None:
     assert signal.alarm(0) == 0, "no alarm was left"
 
 
-def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer.Finished, storage: Storage) -> None:
+def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer.TrainResult, storage: Storage) -> None:
     """A whole checkpoint of another form is no damage: nothing is trained over it."""
     place = f"runs/whole/{name_of(RANDOM.epochs)}"
     progress = json.loads(storage.read_bytes(place, checkpoint.PROGRESS)) | {"format": 99}
@@ -411,16 +416,16 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     files[checkpoint.PROGRESS] = json.dumps(progress).encode()
     for name, content in files.items() | {(checkpoint.MANIFEST, checkpoint.manifest_of(files).encode())}:
         storage.write_bytes(content, place, name)
-    manifest = data.load_manifest(storage)
-    plan = cluster.make_plan(RANDOM, scale(1), manifest)
+    manifest = load_manifest(storage)
+    plan = make_plan(RANDOM, scale(1), manifest)
     faults = FaultConfig(max_failures=0)
-    row = trainer.run_or_explain(trainer.Job(storage, "whole", RANDOM, plan, manifest, faults=faults))
+    row = trainer.run_or_explain(trainer.RunSpec(storage, "whole", RANDOM, plan, manifest, faults=faults))
     assert row["status"] == "failed"
     assert f"the checkpoint has form 99 and this code reads {PROGRESS_FORMAT}" in row["error"]
 
 
 def test_a_line_may_quote_what_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
     line = "worker 0 failed: RuntimeError: [/__w/gloo/pair.cc:561] Connection closed by peer [10.77.0.2]:21720"
-    with Bar("quoted", 1) as bar:
+    with ProgressBar(1) as bar:
         bar.say(line)
     assert capsys.readouterr().out.strip() == line

@@ -13,10 +13,10 @@ from conftest import assert_refused, call_job, real_source
 from safetensors.torch import load_file
 
 from fashion.config import ScaleConfig, TrainConfig
-from fashion.data import prepare as data
+from fashion.data import preparation
 from fashion.distributed import trainer
 from fashion.inference import export
-from fashion.reports import tables as report
+from fashion.reports import tables
 from fashion.storage import Storage, open_storage
 from fashion.training.checkpoint import MANIFEST, WEIGHTS, manifest_of
 from jobs import evaluate
@@ -42,7 +42,7 @@ print(json.dumps(logits.argmax(1).tolist()))
 def whole_test(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A storage with all rows of the real test split, or of its stand-in."""
     storage = open_storage(str(tmp_path_factory.mktemp("exported")))
-    data.prepare(storage, real_source(), val_rows=100)
+    preparation.prepare(storage, real_source(), val_rows=100)
     return storage
 
 
@@ -64,7 +64,7 @@ def test_the_program_predicts_what_the_checkpoint_does(ray_cluster: None, whole_
     command = [sys.executable, "-I", "-c", OUTSIDE, str(folder / export.PROGRAM), str(archive)]
     outside = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert outside.returncode == 0, outside.stderr
-    predictions = [each for each in report.read_table(whole_test, "predictions", "whole") if each["split"] == "test"]
+    predictions = [each for each in tables.read_table(whole_test, "predictions", "whole") if each["split"] == "test"]
     assert [each["index"] for each in predictions] == list(range(10_000))
     assert json.loads(outside.stdout) == [each["predicted"] for each in predictions]
     assert len({each["predicted"] for each in predictions}) > 3, "it learned something"

@@ -13,10 +13,9 @@ import pytest
 from conftest import assert_refused, call_job, run_job
 
 from fashion import config
-from fashion.cluster import plan as cluster
-from fashion.data import prepare as data
-from fashion.data import synthetic
-from fashion.reports import tables as report
+from fashion.cluster import connection
+from fashion.data import archives, preparation, synthetic
+from fashion.reports import runs, tables
 from fashion.storage import Storage, open_storage
 from jobs import bench, evaluate, prepare, train, tune
 
@@ -100,7 +99,7 @@ def test_train_does_not_take_the_stand_in_for_the_real_data(
 ) -> None:
     small = functools.partial(shutil.copytree, small_archives, dirs_exist_ok=True)
     monkeypatch.setattr(synthetic, "write_archives", small)
-    data.prepare(storage, "synthetic", val_rows=500)
+    preparation.prepare(storage, "synthetic", val_rows=500)
     told = "holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic"
     assert_refused(call_job(train.main, "--storage", storage.uri, "--source", "auto"), told)
 
@@ -141,10 +140,10 @@ def test_storage_that_is_read_only_is_found_out_before_the_work(
 
     main, flags = COMMANDS[command]
     if command != "prepare":
-        data.prepare(finished, str(lenient), val_rows=300)
+        preparation.prepare(finished, str(lenient), val_rows=300)
     before = sorted(Path(finished.root).rglob("*"))
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(cluster, "connect", start)
+    monkeypatch.setattr(connection, "connect", start)
     assert_refused(call_job(main, "--storage", finished.uri, *flags), "cannot be written ([Errno 30] Read-only file")
     assert sorted(Path(finished.root).rglob("*")) == before
 
@@ -157,7 +156,7 @@ def test_bench_writes_its_rows_where_it_is_told(
 
     row = Measurement("b_job_vs_step", "images/s", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0], 0.92, 1)
     monkeypatch.setitem(library.ROWS, "b", lambda *_: [row])
-    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(connection, "connect", lambda: None)
     out = tmp_path / "rows.parquet"
     done = call_job(bench.main, "--storage", finished.uri, "--out", str(out))
     assert done.returncode == 0, done.stderr
@@ -179,7 +178,7 @@ def test_without_a_network_both_ways_out_are_named(
         if answer == "silent":
             mirror.listen()
         monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{mirror.getsockname()[1]}/"])
-        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(archives, "DOWNLOAD_TIMEOUT_S", 0.2)
         monkeypatch.setenv("no_proxy", "*")
         done = call_job(prepare.main, "--storage", str(tmp_path), "--source", "download")
     assert done.returncode == 2, done.stderr
@@ -194,8 +193,8 @@ def test_without_a_network_both_ways_out_are_named(
 @pytest.fixture
 def finished(storage: Storage) -> Storage:
     """A storage whose reports hold a finished run."""
-    row = {"status": "completed", "config_json": report.config_json(config.preset("smoke")), "checkpoint": "x"}
-    report.write_table(storage, "runs", "done", [row])
+    row = {"status": "completed", "config_json": runs.config_json(config.preset("smoke")), "checkpoint": "x"}
+    tables.write_table(storage, "runs", "done", [row])
     return storage
 
 

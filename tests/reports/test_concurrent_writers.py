@@ -11,7 +11,7 @@ import pyarrow.dataset as dataset
 import pytest
 from conftest import ROOT
 
-from fashion.reports import tables as report
+from fashion.reports import runs, schemas, tables
 from fashion.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def writers(storage: Storage) -> Iterator[list[subprocess.Popen[bytes]]]:
         for number in range(RUNS)
     ]
     deadline = time.monotonic() + 60
-    while len(report.list_runs(storage)) < RUNS:
+    while len(runs.list_runs(storage)) < RUNS:
         assert time.monotonic() < deadline, "they do not write"
         time.sleep(0.01)
     yield started
@@ -60,7 +60,7 @@ def test_readers_see_every_run_whole_while_eight_write(
     storage: Storage, writers: list[subprocess.Popen[bytes]]
 ) -> None:
     """Three readers that open a file once; each table of a run is the one before or the one after, never going back."""
-    folder = Path(storage.path(report.REPORTS_FOLDER, "epochs"))
+    folder = Path(storage.path(schemas.REPORTS_FOLDER, "epochs"))
     seen = dict.fromkeys((f"run-{number}" for number in range(RUNS)), 0)
     scans = 0
     while any(process.poll() is None for process in writers):
@@ -71,7 +71,7 @@ def test_readers_see_every_run_whole_while_eight_write(
                 assert size == 2 * last == 2 * different, (run_id, size, last, different)
                 assert last >= seen[run_id]
                 seen[run_id] = int(last)
-        assert {row["status"] for run_id in seen for row in report.read_table(storage, "runs", run_id)} <= {
+        assert {row["status"] for run_id in seen for row in tables.read_table(storage, "runs", run_id)} <= {
             "running",
             "completed",
         }
@@ -79,7 +79,7 @@ def test_readers_see_every_run_whole_while_eight_write(
     assert all(process.wait() == 0 for process in writers)
     assert scans >= 3, "they were read while they wrote"
     for run_id in seen:
-        assert len(report.read_table(storage, "epochs", run_id)) == 2 * EPOCHS
-        assert report.load_run(storage, run_id)["status"] == "completed"
+        assert len(tables.read_table(storage, "epochs", run_id)) == 2 * EPOCHS
+        assert runs.load_run(storage, run_id)["status"] == "completed"
     left = [path.name for path in folder.rglob("*") if path.is_file() and path.name != "epochs.parquet"]
     assert not left, "nothing half-written stays"

@@ -20,8 +20,11 @@ import pytest
 from conftest import run_job
 
 from fashion.config import UserError
-from fashion.data import prepare as data
-from fashion.reports import tables as report
+from fashion.data import preparation
+from fashion.data.manifest import Manifest, load_manifest
+from fashion.data.rows import Split
+from fashion.data.splits import split_paths
+from fashion.reports import classification, tables
 from fashion.reports.page import drawing as draw
 from fashion.reports.page import figures
 from fashion.reports.page import sections as plots
@@ -50,7 +53,7 @@ def write_run(storage: Storage, run_id: str, last: int, turn: int, **other: Any)
             {"epoch": epoch, "split": "train", "loss": train_loss, "accuracy": 1 - 0.4 * train_loss, "rows": 55000},
             {"epoch": epoch, "split": "val", "loss": val_loss, "accuracy": 1.02 - 0.4 * val_loss, "rows": 5000},
         ]
-    report.write_table(storage, "epochs", run_id, rows)
+    tables.write_table(storage, "epochs", run_id, rows)
     row = {
         "kind": "train",
         "status": "completed",
@@ -77,10 +80,10 @@ def write_run(storage: Storage, run_id: str, last: int, turn: int, **other: Any)
         "peak_memory_bytes": 1_500_000_000,
         "hardware": "a laptop, 2 cores",
     }
-    report.write_table(storage, "runs", run_id, [row | other])
+    tables.write_table(storage, "runs", run_id, [row | other])
 
 
-def write_predictions(storage: Storage, run_id: str, split: data.Split, *, wrong_every: int = 12) -> None:
+def write_predictions(storage: Storage, run_id: str, split: Split, *, wrong_every: int = 12) -> None:
     """Write predictions on test: every `wrong_every`-th row takes the next class, ever less confidently."""
     labels = split.labels
     wrong = np.arange(len(labels)) % wrong_every == 0
@@ -95,10 +98,13 @@ def write_predictions(storage: Storage, run_id: str, split: data.Split, *, wrong
         "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(chances.reshape(-1)), 10),
         "loss": np.zeros(len(labels), np.float32),
     }
-    report.write_table(storage, "predictions", run_id, pa.table(columns), part="test")
-    matrix = report.confusion_matrix(labels, predicted)
-    for table, rows in (("confusion", report.confusion_rows(matrix)), ("classes", report.class_rows(matrix))):
-        report.write_table(storage, table, run_id, [{"split": "test"} | row for row in rows], part="test")
+    tables.write_table(storage, "predictions", run_id, pa.table(columns), part="test")
+    matrix = classification.confusion_matrix(labels, predicted)
+    for table, rows in (
+        ("confusion", classification.confusion_rows(matrix)),
+        ("classes", classification.class_rows(matrix)),
+    ):
+        tables.write_table(storage, table, run_id, [{"split": "test"} | row for row in rows], part="test")
 
 
 def trial(number: int, generator: np.random.Generator) -> dict[str, Any]:
@@ -134,13 +140,13 @@ def write_search(storage: Storage, count: int = 15) -> list[dict[str, Any]]:
     for row in trials:
         run_id, wall = row["trial_id"], timedelta(seconds=row["wall_s"] + 5)
         times = {"started_at": started, "finished_at": started + wall}
-        report.write_table(storage, "runs", run_id, [{"kind": "trial", "search_id": "asha-1", "status": "x", **times}])
+        tables.write_table(storage, "runs", run_id, [{"kind": "trial", "search_id": "asha-1", "status": "x", **times}])
         top = row["val_accuracy"] or 0.5
         epochs = [
             {"epoch": epoch, "split": "val", "loss": 0.3, "accuracy": top - 0.03 / epoch + 0.03 / row["epochs_done"]}
             for epoch in range(1, row["epochs_done"] + 1)
         ]
-        report.write_table(storage, "epochs", run_id, epochs)
+        tables.write_table(storage, "epochs", run_id, epochs)
         started += wall / 2
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(trials), sink)
@@ -175,15 +181,15 @@ def write_study(storage: Storage) -> None:
         arm("dropout", "more", {"dropout_fc": 0.65}, **few, **images),
         arm("dropout", NASTY, {"dropout_fc": 0.9}, **alone, **images),
     ]
-    report.write_table(storage, "study", "cures-dropout", rows)
-    report.write_table(storage, "study", "cures-seed", [arm("seed", "seed", {})])
+    tables.write_table(storage, "study", "cures-dropout", rows)
+    tables.write_table(storage, "study", "cures-seed", [arm("seed", "seed", {})])
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
     """A storage with prepared data, two runs, one of them with predictions, a search and a study."""
     storage = open_storage(str(tmp_path_factory.mktemp("full")))
-    splits = data.split_rows(small_archives, 100, 0)
+    splits = preparation.split_rows(small_archives, 100, 0)
     manifest, _ = prepare_small(storage, small_archives)
     write_run(storage, "long", 14, 8, dataset_sha256=manifest.sha256, val_accuracy=0.93)
     write_run(storage, "short", 2, 2)
@@ -193,11 +199,11 @@ def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Stor
     return storage
 
 
-def prepare_small(storage: Storage, archives: Path) -> tuple[data.Manifest, bool]:
+def prepare_small(storage: Storage, archives: Path) -> tuple[Manifest, bool]:
     """Prepare the small stand-in, 500 test rows in place of 10,000."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "archives_from", lambda _: contextlib.nullcontext((archives, False)))
-        return data.prepare(storage, "synthetic", val_rows=100)
+        patch.setattr(preparation, "archives_from", lambda _: contextlib.nullcontext((archives, False)))
+        return preparation.prepare(storage, "synthetic", val_rows=100)
 
 
 def val_epochs(*losses: float) -> list[dict[str, Any]]:
@@ -342,10 +348,10 @@ def test_missing_pixels_are_explained(full: Storage, storage: Storage, small_arc
     run = {"dataset_sha256": "1" * 64}
     assert "not what the run was trained on" in plots.find_pixels(full, run, "test", [0])
     assert "holds no prepared data" in plots.find_pixels(storage, run, "test", [0])
-    sha256 = data.load_manifest(full).sha256
+    sha256 = load_manifest(full).sha256
     assert "that the prepared test split lacks" in plots.find_pixels(full, {"dataset_sha256": sha256}, "test", [9999])
     manifest, _ = prepare_small(storage, small_archives)
-    for path in data.split_paths(storage, manifest, "test"):
+    for path in split_paths(storage, manifest, "test"):
         Path(path).write_bytes(b"x")
     assert "is damaged" in plots.find_pixels(storage, {"dataset_sha256": manifest.sha256}, "test", [0])
 
@@ -443,8 +449,8 @@ def test_stand_in_data_is_marked_everywhere(storage: Storage) -> None:
 
 
 def test_a_run_that_still_runs_is_shown_with_its_epochs(storage: Storage) -> None:
-    report.write_table(storage, "runs", "live", [{"status": "running", "dataset": "fashion-mnist"}])
-    report.write_table(storage, "epochs", "live", val_epochs(0.5, 0.3))
+    tables.write_table(storage, "runs", "live", [{"status": "running", "dataset": "fashion-mnist"}])
+    tables.write_table(storage, "epochs", "live", val_epochs(0.5, 0.3))
     (row,) = plots.load_reports(storage).runs
     assert (row["best_epoch"], row["epochs_done"], row["val_accuracy"]) == (1, 2, 0.9)
     html = plots.make_page(storage, plots.load_reports(storage), with_pngs=False).html
@@ -513,7 +519,7 @@ def test_users_mistakes_name_the_value_and_leave_nothing(full: Storage, storage:
 @pytest.mark.parametrize("table", ["runs", "epochs", "confusion"])
 def test_a_damaged_report_is_named(table: str, storage: Storage, tmp_path: Path) -> None:
     write_run(storage, "a", 2, 2)
-    report.write_table(storage, "confusion", "a", [])
+    tables.write_table(storage, "confusion", "a", [])
     path = Path(storage.path("reports", table, "run_id=a", f"{table}.parquet"))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{table}.parquet is damaged") as caught:

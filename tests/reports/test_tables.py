@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fashion.config import UserError
-from fashion.reports import tables as report
+from fashion.reports import classification, provenance, runs, schemas, tables
 from fashion.storage import Storage
 
 DESIGNED = {
@@ -36,39 +36,39 @@ def epoch(number: int, **other: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("table", DESIGNED)
 def test_tables_have_the_agreed_columns(table: str, storage: Storage) -> None:
-    report.write_table(storage, table, "a", [])
+    tables.write_table(storage, table, "a", [])
     frame = pd.read_parquet(f"{storage.uri}/reports/{table}")
     assert set(DESIGNED[table].split()) <= set(frame.columns)
 
 
 def test_rows_come_back_as_written(storage: Storage) -> None:
-    report.write_table(storage, "epochs", "a", [epoch(1), epoch(2)])
-    rows = report.read_table(storage, "epochs", "a")
+    tables.write_table(storage, "epochs", "a", [epoch(1), epoch(2)])
+    rows = tables.read_table(storage, "epochs", "a")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[0]["loss"] == 0.5
     assert rows[0]["lr"] is None
-    assert report.read_table(storage, "epochs", "b") == []
+    assert tables.read_table(storage, "epochs", "b") == []
 
 
 def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
     """So that two evaluations at once, of two splits, never write over each other's rows."""
     for split, counts in (("val", [1]), ("test", [2, 3]), ("val", [4])):
-        report.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
+        tables.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
     assert storage.list("reports", "confusion", "run_id=a") == ["confusion-test.parquet", "confusion-val.parquet"]
-    rows = report.read_table(storage, "confusion", "a")
+    rows = tables.read_table(storage, "confusion", "a")
     assert [(row["split"], row["count"]) for row in rows] == [("test", 2), ("test", 3), ("val", 4)]
     assert len(pd.read_parquet(f"{storage.uri}/reports/confusion")) == 3
 
 
 def test_a_column_that_nobody_agreed_on_is_refused(storage: Storage) -> None:
     with pytest.raises(ValueError, match="table epochs has no column acuracy"):
-        report.write_table(storage, "epochs", "a", [{"acuracy": 0.5}])
+        tables.write_table(storage, "epochs", "a", [{"acuracy": 0.5}])
     assert not storage.exists("reports")
 
 
 def test_whole_tables_in_pandas_and_duckdb(storage: Storage) -> None:
     for run_id in ("one", "two"):
-        report.write_table(storage, "epochs", run_id, [epoch(1), epoch(2)])
+        tables.write_table(storage, "epochs", run_id, [epoch(1), epoch(2)])
     frame = pd.read_parquet(f"{storage.uri}/reports/epochs")
     assert frame.groupby("run_id", observed=True).epoch.max().to_dict() == {"one": 2, "two": 2}
     query = (
@@ -78,7 +78,7 @@ def test_whole_tables_in_pandas_and_duckdb(storage: Storage) -> None:
 
 
 def test_files_say_which_schema_they_follow(storage: Storage) -> None:
-    path = report.write_table(storage, "runs", "a", [{"status": "running", "started_at": datetime.now(UTC)}])
+    path = tables.write_table(storage, "runs", "a", [{"status": "running", "started_at": datetime.now(UTC)}])
     assert pq.read_schema(path).metadata[b"schema_version"] == b"1"
 
 
@@ -94,14 +94,14 @@ def test_readers_never_see_a_part(storage: Storage) -> None:
             assert len(frame) == 500
             seen.append(int(frame.epoch[0]))
 
-    report.write_table(storage, "epochs", "a", [epoch(0)] * 500)
+    tables.write_table(storage, "epochs", "a", [epoch(0)] * 500)
     readers = [threading.Thread(target=scan) for _ in range(2)]
     for reader in readers:
         reader.start()
     version, deadline = 0, time.monotonic() + 60
     while len(set(seen)) < 5 and time.monotonic() < deadline:
         version += 1
-        report.write_table(storage, "epochs", "a", [epoch(version)] * 500)
+        tables.write_table(storage, "epochs", "a", [epoch(version)] * 500)
     stop.set()
     for reader in readers:
         reader.join()
@@ -110,32 +110,32 @@ def test_readers_never_see_a_part(storage: Storage) -> None:
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(storage: Storage) -> None:
     with pytest.raises(UserError, match="there are none yet"):
-        report.load_run(storage, "x")
-    report.write_table(storage, "runs", "a", [{"status": "running"}])
+        runs.load_run(storage, "x")
+    tables.write_table(storage, "runs", "a", [{"status": "running"}])
     with pytest.raises(UserError, match=r"--run-id x does not exist .* there are a"):
-        report.load_run(storage, "x")
-    assert report.load_run(storage, "a")["status"] == "running"
+        runs.load_run(storage, "x")
+    assert runs.load_run(storage, "a")["status"] == "running"
 
 
 def test_a_damaged_report_is_named(storage: Storage) -> None:
-    path = Path(report.write_table(storage, "runs", "a", [{"status": "running"}]))
+    path = Path(tables.write_table(storage, "runs", "a", [{"status": "running"}]))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="is damaged"):
-        report.find_run(storage, "a")
+        runs.find_run(storage, "a")
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"lr": "fast"}', '{"droput": 1}', "[" * 100_000])
 def test_settings_that_no_run_has_are_refused(storage: Storage, text: str | None) -> None:
-    report.write_table(storage, "runs", "a", [{"status": "running", "config_json": text}])
+    tables.write_table(storage, "runs", "a", [{"status": "running", "config_json": text}])
     with pytest.raises(UserError, match="run_id=a is damaged: config_json cannot be used"):
-        report.stored_config(storage, "a")
+        runs.stored_config(storage, "a")
 
 
 def test_columns_have_the_types_of_their_table(storage: Storage) -> None:
-    path = Path(report.write_table(storage, "epochs", "a", []))
+    path = Path(tables.write_table(storage, "epochs", "a", []))
     pq.write_table(pa.table({"epoch": [1], "loss": [2], "surplus": ["x"]}), path)
-    [row] = report.read_table(storage, "epochs", "a")
-    assert (row["epoch"], row["loss"], row["split"], list(row)) == (1, 2.0, None, report.SCHEMAS["epochs"].names)
+    [row] = tables.read_table(storage, "epochs", "a")
+    assert (row["epoch"], row["loss"], row["split"], list(row)) == (1, 2.0, None, schemas.SCHEMAS["epochs"].names)
     for table in (
         pa.table({"epoch": ["one"]}),
         pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["epoch", "epoch"]),
@@ -143,18 +143,18 @@ def test_columns_have_the_types_of_their_table(storage: Storage) -> None:
     ):
         pq.write_table(table, path)
         with pytest.raises(UserError, match=r"epochs.parquet is damaged \(.*\); remove it"):
-            report.read_table(storage, "epochs", "a")
+            tables.read_table(storage, "epochs", "a")
 
 
 def test_the_source_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, root = report.source_hash(), Path(report.__file__).resolve().parents[2]
+    here, root = provenance.source_hash(), Path(provenance.__file__).resolve().parents[2]
     for folder in ("fashion", "jobs"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "fashion" / "reports" / "tables.py"))
-    hash_now = report.source_hash.__wrapped__
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "fashion" / "reports" / "provenance.py"))
+    hash_now = provenance.source_hash.__wrapped__
     assert hash_now() == here, "a copy elsewhere is the same code"
     seen = {hash_now()}
-    for path in (tmp_path / "fashion" / "training" / "epoch.py", tmp_path / "jobs" / "train.py"):
+    for path in (tmp_path / "fashion" / "training" / "loop.py", tmp_path / "jobs" / "train.py"):
         path.write_text(path.read_text() + "\n")
         seen.add(hash_now())
     (tmp_path / "jobs" / "train.py").rename(tmp_path / "jobs" / "other.py")
@@ -165,9 +165,9 @@ def test_the_source_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_other_code_than_that_of_the_row_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    report.warn_of_other_code("a", {"source_hash": report.source_hash()})
+    provenance.warn_of_other_code("a", {"source_hash": provenance.source_hash()})
     assert capsys.readouterr().err == ""
-    report.warn_of_other_code("a", {"source_hash": "0" * 64})
+    provenance.warn_of_other_code("a", {"source_hash": "0" * 64})
     assert capsys.readouterr().err.startswith("warning: run a was trained so far by other code (000000000000, now ")
 
 
@@ -178,12 +178,12 @@ def test_confusion_and_class_rows_equal_a_count_by_hand() -> None:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500).astype(np.uint8)
     predicted = np.where(generator.random(500) < 0.7, labels, generator.integers(0, 10, 500)).astype(np.uint8)
-    matrix = report.confusion_matrix(labels, predicted)
-    cells = report.confusion_rows(matrix)
+    matrix = classification.confusion_matrix(labels, predicted)
+    cells = classification.confusion_rows(matrix)
     assert len(cells) == 100
     for cell in cells:
         assert cell["count"] == ((labels == cell["label"]) & (predicted == cell["predicted"])).sum()
-    for row in report.class_rows(matrix):
+    for row in classification.class_rows(matrix):
         label = row["label"]
         hits = ((labels == label) & (predicted == label)).sum()
         assert row["support"] == (labels == label).sum()
@@ -193,6 +193,6 @@ def test_confusion_and_class_rows_equal_a_count_by_hand() -> None:
 
 
 def test_a_class_that_is_never_predicted_has_figures_of_zero() -> None:
-    matrix = report.confusion_matrix(np.array([3], np.uint8), np.array([4], np.uint8))
-    rows = report.class_rows(matrix)
+    matrix = classification.confusion_matrix(np.array([3], np.uint8), np.array([4], np.uint8))
+    rows = classification.class_rows(matrix)
     assert (rows[3]["recall"], rows[4]["precision"], rows[5]["f1"]) == (0, 0, 0)

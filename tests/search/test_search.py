@@ -23,15 +23,14 @@ import ray
 from conftest import ROOT
 
 from fashion.config import TrainConfig, UserError
-from fashion.data import prepare as data
-from fashion.data import synthetic
-from fashion.reports import tables as report
-from fashion.reports import tracking
-from fashion.search import scheduler as strategy
-from fashion.search import search
-from fashion.search import trial_store as ledger
+from fashion.data import preparation, synthetic
+from fashion.reports import tables, tracking
+from fashion.reports.runs import load_run, stored_config
+from fashion.search import search, state
+from fashion.search.sampler import build_sampler, pending_points
+from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.trial_store import Ledger, name_of
+from fashion.search.trial_store import TrialStore, name_of
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
@@ -56,7 +55,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     with pytest.MonkeyPatch.context() as patch:
         small = functools.partial(synthetic.write_archives, num_train_rows=600, num_test_rows=300)
         patch.setattr(synthetic, "write_archives", small)
-        data.prepare(storage, "synthetic", val_rows=101)
+        preparation.prepare(storage, "synthetic", val_rows=101)
     return storage
 
 
@@ -118,8 +117,8 @@ def outcomes(storage: Storage, search_id: str, config: SearchConfig = CONFIG) ->
     found = []
     for number in range(config.num_samples):
         run_id = f"{search_id}-{name_of(number)}"
-        [row] = report.read_table(storage, "trials", run_id)
-        epochs = [each for each in report.read_table(storage, "epochs", run_id) if each["split"] == "val"]
+        [row] = tables.read_table(storage, "trials", run_id)
+        epochs = [each for each in tables.read_table(storage, "epochs", run_id) if each["split"] == "val"]
         found.append((row["trial_id"], row["status"], row["epochs_done"], [each["accuracy"] for each in epochs]))
     return found
 
@@ -131,19 +130,19 @@ def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None
     search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
     found = outcomes(prepared, "wide", config)
     assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1)]
-    assert report.load_run(prepared, "wide-t0000")["world_size"] == 2
+    assert load_run(prepared, "wide-t0000")["world_size"] == 2
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.Found:
+def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.SearchResult:
     """A search that nobody interrupts, with a refit; an MLflow server hears of it where there is one."""
     return search.search(
         prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server
     )
 
 
-def test_bad_trials_are_rows_and_the_search_goes_on(unbroken: search.Found, prepared: Storage) -> None:
-    rows = [report.read_table(prepared, "trials", f"unbroken-{name_of(number)}")[0] for number in range(8)]
+def test_bad_trials_are_rows_and_the_search_goes_on(unbroken: search.SearchResult, prepared: Storage) -> None:
+    rows = [tables.read_table(prepared, "trials", f"unbroken-{name_of(number)}")[0] for number in range(8)]
     assert [row["status"] for row in rows[:4]] == ["error", "error", "diverged", "completed"]
     assert rows[0]["error"] == "--lr nan must be a finite number above 0 and at most 100"
     assert rows[1]["error"].startswith("--padding 'none' must be of type Literal['zeros', 'replicate', 'reflect', ")
@@ -151,13 +150,13 @@ def test_bad_trials_are_rows_and_the_search_goes_on(unbroken: search.Found, prep
     assert rows[4]["status"] == "stopped"
     assert rows[4]["epochs_done"] == rows[4]["rung"] == 1
     assert {row["status"] for row in rows[5:]} <= {"completed", "stopped"}
-    runs = [report.load_run(prepared, f"unbroken-{row['trial_id']}") for row in rows]
+    runs = [load_run(prepared, f"unbroken-{row['trial_id']}") for row in rows]
     assert [run["kind"] for run in runs] == ["trial"] * 8
     assert all(run["test_accuracy"] is None for run in runs), "trials never read test"
     assert [run["status"] for run in runs[:4]] == ["failed", "failed", "diverged", "completed"]
 
 
-def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.Found) -> None:
+def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.SearchResult) -> None:
     sound = [trial for trial in unbroken.trials if trial.status in ("completed", "stopped")]
     assert sum(len(trial.history) for trial in sound) < 3 * len(sound)
     accuracies = [trial.best["val_accuracy"] for trial in sound if trial.best]
@@ -165,30 +164,32 @@ def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.Found) -> 
     assert sound == unbroken.trials[: len(sound)], "failed ones come last, whatever they reached"
 
 
-def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.Found, prepared: Storage) -> None:
+def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.SearchResult, prepared: Storage) -> None:
     folder = Path(prepared.path("searches", "unbroken"))
     assert not list(folder.rglob("*.safetensors"))
     assert not list(folder.rglob("optimizer.pt"))
     assert list((folder / "t0003").glob("events.out.tfevents.*")), "curves for TensorBoard"
 
 
-def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(unbroken: search.Found, prepared: Storage) -> None:
+def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(
+    unbroken: search.SearchResult, prepared: Storage
+) -> None:
     winner = unbroken.trials[0]
-    row = report.load_run(prepared, "unbroken-refit")
+    row = load_run(prepared, "unbroken-refit")
     assert (row["kind"], row["search_id"], row["status"]) == ("refit", "unbroken", "completed")
     assert row["test_rows"] == 300
     assert row["val_accuracy"] is None, "val was trained on"
     assert winner.best is not None
     assert row["epochs_done"] == row["best_epoch"] == winner.best["epoch"]
-    rows = {each["split"]: each["rows"] for each in report.read_table(prepared, "epochs", "unbroken-refit")}
+    rows = {each["split"]: each["rows"] for each in tables.read_table(prepared, "epochs", "unbroken-refit")}
     assert rows == {"train": 600 // 64 * 64}
-    config = report.stored_config(prepared, "unbroken-refit")
+    config = stored_config(prepared, "unbroken-refit")
     assert {name: getattr(config, name) for name in winner.settings} == winner.settings
     assert (config.hold_out_val, config.max_train_rows, config.epochs) == (False, 0, 3)
 
 
 def test_mlflow_is_told_of_trials_and_of_the_refit(
-    unbroken: search.Found, prepared: Storage, mlflow_server: str
+    unbroken: search.SearchResult, prepared: Storage, mlflow_server: str
 ) -> None:
     if not mlflow_server:
         pytest.skip("no MLflow server could be installed and started here")
@@ -202,11 +203,11 @@ def test_mlflow_is_told_of_trials_and_of_the_refit(
     assert sorted(trials) == [name_of(number) for number in range(8)]
     assert trials["t0003"].data.params["lr"] == "0.0003"
     told = client.get_metric_history(trials["t0003"].info.run_id, "val_accuracy")
-    epochs = [each for each in report.read_table(prepared, "epochs", "unbroken-t0003") if each["split"] == "val"]
+    epochs = [each for each in tables.read_table(prepared, "epochs", "unbroken-t0003") if each["split"] == "val"]
     assert [metric.value for metric in told] == [each["accuracy"] for each in epochs]
     refit = runs_of(tracking.EXPERIMENT)["unbroken-refit"]
     assert refit.info.status == "FINISHED"
-    assert refit.data.metrics["test_accuracy"] == report.load_run(prepared, "unbroken-refit")["test_accuracy"]
+    assert refit.data.metrics["test_accuracy"] == load_run(prepared, "unbroken-refit")["test_accuracy"]
     assert refit.data.params["hold_out_val"] == "False"
 
 
@@ -219,7 +220,7 @@ def test_a_tracking_server_that_goes_away_costs_no_run(
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setattr(run, "_uri", f"http://127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run.after_report(None, [{"epoch": 1, "val_accuracy": 0.5}], None)
+    run.add_epoch({"epoch": 1, "val_accuracy": 0.5})
     run.end({"status": "completed"})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -252,7 +253,7 @@ def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepare
     assert all(trial.error == "the time budget of 15 s was spent" for trial in cut)
 
 
-def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Storage) -> None:
+def test_a_finished_search_is_left_alone(unbroken: search.SearchResult, prepared: Storage) -> None:
     again = search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
     assert again.was_finished
     assert [trial.trial_id for trial in again.trials] == [trial.trial_id for trial in unbroken.trials]
@@ -264,7 +265,7 @@ def test_a_finished_search_is_left_alone(unbroken: search.Found, prepared: Stora
 
 
 def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
-    unbroken: search.Found, prepared: Storage, tmp_path: Path
+    unbroken: search.SearchResult, prepared: Storage, tmp_path: Path
 ) -> None:
     """SIGKILL of the driver at a random moment, the storage moved, then --resume: trials stop where they did.
 
@@ -309,11 +310,11 @@ def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepare
 def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
     search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
-    book = Ledger(prepared, "tpe", config, {}, {})
+    book = TrialStore(prepared, "tpe", config, {}, {})
     assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
     low, high = config.lr
     assert all(low <= book.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
-    sampler = strategy.sampler_of(book)
+    sampler = build_sampler(book)
     assert sampler is not None
     known = [trial.params["lr"] for trial in sampler._ot_study.trials]
     assert known == [book.trials[name].settings["lr"] for name in ("t0001", "t0002")]
@@ -338,17 +339,17 @@ def test_rungs_are_those_of_ray() -> None:
             for factor in (2, 3, 4, 10):
                 if grace <= max_epochs:
                     config = SearchConfig(max_epochs=max_epochs, grace_epochs=grace, reduction_factor=factor)
-                    scheduler = strategy.NamedASHA(config)
+                    scheduler = ASHA(config)
                     assert config.rungs == [rung for rung, _ in reversed(scheduler._brackets[0]._rungs)]
 
 
 def stops(config: SearchConfig, results: list[dict[str, Any]]) -> list[bool]:
     """Show a fresh scheduler one result of each trial; return which trials it stops."""
-    scheduler = strategy.NamedASHA(config)
+    scheduler = ASHA(config)
     for number in range(len(results)):
-        scheduler.on_trial_add(None, strategy.Alias(name_of(number)))
+        scheduler.on_trial_add(None, TrialKey(name_of(number)))
     words = [
-        scheduler.on_trial_result(None, strategy.Alias(name_of(number)), {"epoch": 1} | result)
+        scheduler.on_trial_result(None, TrialKey(name_of(number)), {"epoch": 1} | result)
         for number, result in enumerate(results)
     ]
     return [word == "STOP" for word in words]
@@ -378,14 +379,14 @@ def test_a_trial_that_went_wild_lets_no_poor_one_pass(bad: dict[str, Any]) -> No
     assert stops(SearchConfig(), [good, bad, poor]) == [False, True, True]
 
 
-def play(book: Ledger, curves: dict[str, list[float]], stop_after: int) -> int:
+def play(book: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
     """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
-    scheduler = strategy.replayed(book)
+    scheduler = replay_scheduler(book)
     decided = 0
-    for point in strategy.waiting(book):
-        name = point[strategy.TRIAL]
+    for point in pending_points(book):
+        name = point[TRIAL]
         book.start(name, {})
-        known = strategy.Alias(name)
+        known = TrialKey(name)
         scheduler.on_trial_add(None, known)
         for number, accuracy in enumerate(curves[name], start=1):
             metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": -math.log(accuracy), "val_rows": 1}
@@ -409,20 +410,20 @@ def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) 
     curves = {name_of(n): [0.1 + source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
 
     def ends(storage: Storage) -> list[int]:
-        book = Ledger(storage, "s", config, {}, {})
+        book = TrialStore(storage, "s", config, {}, {})
         return [len(trial.history) for trial in book.trials.values()]
 
     whole = open_storage(str(tmp_path / "whole"))
-    total = play(Ledger(whole, "s", config, {}, {}), curves, stop_after=-1)
+    total = play(TrialStore(whole, "s", config, {}, {}), curves, stop_after=-1)
     assert len(set(ends(whole))) > 1, "some were stopped, some were not"
     for cut in range(0, total, 8):
         broken = open_storage(str(tmp_path / f"cut-{cut}"))
-        play(Ledger(broken, "s", config, {}, {}), curves, stop_after=cut)
-        play(Ledger(broken, "s", config, {}, {}), curves, stop_after=-1)
+        play(TrialStore(broken, "s", config, {}, {}), curves, stop_after=cut)
+        play(TrialStore(broken, "s", config, {}, {}), curves, stop_after=-1)
         assert ends(broken) == ends(whole), cut
 
 
-def test_stored_settings_come_back(ray_cluster: None, unbroken: search.Found, prepared: Storage) -> None:
-    config, base = ledger.stored_settings(prepared, "unbroken")
+def test_stored_settings_come_back(ray_cluster: None, unbroken: search.SearchResult, prepared: Storage) -> None:
+    config, base = state.stored_settings(prepared, "unbroken")
     assert config.rungs == CONFIG.rungs
     assert base == replace(BASE, epochs=3)

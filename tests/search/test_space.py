@@ -1,4 +1,4 @@
-"""What a search draws and when it judges, and its ledger: no Ray needed."""
+"""What a search draws and when it judges, and its trial store: no Ray needed."""
 
 import json
 import math
@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 
 from fashion.config import TrainConfig, UserError
-from fashion.reports import tables as report
-from fashion.search import trial_store as ledgers
+from fashion.reports import runs, tables
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.trial_store import Ledger
+from fashion.search.state import (
+    STATE_VERSION,
+    check_new_search,
+    check_same_search,
+    state_place,
+    stored_settings,
+    write_state,
+)
+from fashion.search.trial_store import TrialStore
 from fashion.storage import Storage
 from fashion.training import metrics as metric
 
@@ -81,13 +88,13 @@ def test_settings_survive_json() -> None:
     assert SearchConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-# --- the ledger -----------------------------------------------------------------------------------------------------
+# --- the trial store ------------------------------------------------------------------------------------------------
 
 CONFIG = SearchConfig(num_samples=4, max_epochs=3)
 
 
-def open_ledger(storage: Storage, config: SearchConfig = CONFIG) -> Ledger:
-    return Ledger(storage, "s", config, {"dataset": "fashion-mnist"}, TrainConfig(epochs=3).to_dict())
+def open_store(storage: Storage, config: SearchConfig = CONFIG) -> TrialStore:
+    return TrialStore(storage, "s", config, {"dataset": "fashion-mnist"}, TrainConfig(epochs=3).to_dict())
 
 
 def epoch(number: int, accuracy: float) -> dict[str, Any]:
@@ -105,17 +112,17 @@ def test_rows_turn_into_metrics_and_back() -> None:
     assert metric.from_rows(rows) == bare
 
 
-def test_a_ledger_is_read_back_as_it_was_written(storage: Storage) -> None:
-    ledger = open_ledger(storage)
-    ledger.start("t0000", {"lr": 0.1, "dropout_fc": 0.2})
-    ledger.add_epoch("t0000", epoch(1, 0.6), 3.0)
-    ledger.add_epoch("t0000", epoch(2, 0.5), 3.0)
-    ledger.end("t0000", "stopped")
-    ledger.start("t0001", {"lr": 0.2})
-    ledger.add_epoch("t0001", epoch(1, 0.7), 3.0)
-    ledger.start("t0002", {"lr": 0.3})
-    ledger.end("t0002", "diverged", "loss is not finite")
-    again = open_ledger(storage)
+def test_a_trial_store_is_read_back_as_it_was_written(storage: Storage) -> None:
+    store = open_store(storage)
+    store.start("t0000", {"lr": 0.1, "dropout_fc": 0.2})
+    store.add_epoch("t0000", epoch(1, 0.6), 3.0)
+    store.add_epoch("t0000", epoch(2, 0.5), 3.0)
+    store.end("t0000", "stopped")
+    store.start("t0001", {"lr": 0.2})
+    store.add_epoch("t0001", epoch(1, 0.7), 3.0)
+    store.start("t0002", {"lr": 0.3})
+    store.end("t0002", "diverged", "loss is not finite")
+    again = open_store(storage)
     assert again.trials["t0000"].settings == {"lr": 0.1, "dropout_fc": 0.2}
     assert [each["val_accuracy"] for each in again.trials["t0000"].history] == [0.6, 0.5]
     assert [trial.trial_id for trial in again.unfinished()] == ["t0001"]
@@ -126,13 +133,13 @@ def test_a_ledger_is_read_back_as_it_was_written(storage: Storage) -> None:
 
 
 def test_rows_of_a_trial(storage: Storage) -> None:
-    ledger = open_ledger(storage)
-    ledger.start("t0000", {"lr": 0.1, "padding": 7})
-    ledger.add_epoch("t0000", epoch(1, 0.6), 3.0)
-    ledger.add_epoch("t0000", epoch(2, 0.5), 3.0)
-    ledger.add_epoch("t0000", epoch(2, 0.55), 3.0)  # reported again after a crash
-    ledger.end("t0000", "error", "RuntimeError: boom")
-    [row] = report.read_table(storage, "trials", "s-t0000")
+    store = open_store(storage)
+    store.start("t0000", {"lr": 0.1, "padding": 7})
+    store.add_epoch("t0000", epoch(1, 0.6), 3.0)
+    store.add_epoch("t0000", epoch(2, 0.5), 3.0)
+    store.add_epoch("t0000", epoch(2, 0.55), 3.0)  # reported again after a crash
+    store.end("t0000", "error", "RuntimeError: boom")
+    [row] = tables.read_table(storage, "trials", "s-t0000")
     assert (row["search_id"], row["trial_id"], row["status"], row["error"]) == (
         "s",
         "t0000",
@@ -142,34 +149,34 @@ def test_rows_of_a_trial(storage: Storage) -> None:
     assert (row["lr"], row["padding"], row["settings_json"]) == (0.1, None, '{"lr": 0.1, "padding": 7}')
     assert (row["epochs_done"], row["rung"], row["best_epoch"], row["max_epochs"]) == (2, 1, 1, 3)
     assert (row["val_accuracy"], row["last_val_accuracy"]) == (0.6, 0.55)
-    run = report.load_run(storage, "s-t0000")
+    run = runs.load_run(storage, "s-t0000")
     assert (run["kind"], run["status"], run["search_id"], run["epochs_done"]) == ("trial", "failed", "s", 2)
     assert run["started_at"] <= run["finished_at"] <= datetime.now(UTC)
-    assert len(report.read_table(storage, "epochs", "s-t0000")) == 4
+    assert len(tables.read_table(storage, "epochs", "s-t0000")) == 4
 
 
 def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage: Storage) -> None:
     base = TrainConfig(epochs=3)
     identity = {"dataset": "fashion-mnist", "dataset_sha256": "0", "source_hash": "0"}
-    ledgers.check_new_search(storage, "s")
-    ledgers.write_state(storage, "s", CONFIG, base, identity)
+    check_new_search(storage, "s")
+    write_state(storage, "s", CONFIG, base, identity)
     with pytest.raises(UserError, match="--search-id s exists already"):
-        ledgers.check_new_search(storage, "s")
-    ledgers.check_same_search(storage, "s", CONFIG, base)
+        check_new_search(storage, "s")
+    check_same_search(storage, "s", CONFIG, base)
     with pytest.raises(UserError, match=r"--num-samples 9 \(was 4\)"):
-        ledgers.check_same_search(storage, "s", replace(CONFIG, num_samples=9), base)
+        check_same_search(storage, "s", replace(CONFIG, num_samples=9), base)
     with pytest.raises(UserError, match="--search-id x does not exist"):
-        ledgers.stored_settings(storage, "x")
-    whole = {"state_version": ledgers.STATE_VERSION, "search": CONFIG.to_dict(), "base": base.to_dict()}
+        stored_settings(storage, "x")
+    whole = {"state_version": STATE_VERSION, "search": CONFIG.to_dict(), "base": base.to_dict()}
     for state in (
         b"{",
         b"[" * 100_000,
         b"[]",
         *(json.dumps(whole | {name: 1}).encode() for name in ("search", "base")),
     ):
-        storage.write_bytes(state, *ledgers.state_place("s"))
+        storage.write_bytes(state, *state_place("s"))
         with pytest.raises(UserError, match=r"search.json is damaged \(.*\); start another search"):
-            ledgers.stored_settings(storage, "s")
+            stored_settings(storage, "s")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +190,7 @@ def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage:
     ],
 )
 def test_damaged_rows_of_a_trial_are_refused(storage: Storage, table: str, rows: list[dict[str, Any]]) -> None:
-    open_ledger(storage).start("t0000", {"lr": 0.1})
-    report.write_table(storage, table, "s-t0000", rows)
+    open_store(storage).start("t0000", {"lr": 0.1})
+    tables.write_table(storage, table, "s-t0000", rows)
     with pytest.raises(UserError, match="the reports of s-t0000 are damaged"):
-        open_ledger(storage)
+        open_store(storage)

@@ -13,7 +13,7 @@ from torch import nn
 from fashion.storage import open_storage
 from fashion.training import checkpoint
 from fashion.training.checkpoint import DamagedCheckpoint
-from fashion.training.checkpoint_manager import Keeper
+from fashion.training.checkpoint_manager import CheckpointManager
 
 PROGRESS = {"history": [{"epoch": 1}]}
 
@@ -23,8 +23,8 @@ def whole(progress: dict[str, Any]) -> None:
 
 
 def reader(folder: Path) -> Callable[[str], bytes]:
-    """Return what reads a file of the checkpoint in `folder`, as `keeper` does."""
-    return Keeper(open_storage(str(folder.parent)), (), newest=1).reader(folder.name)
+    """Return what reads a file of the checkpoint in `folder`, as `CheckpointManager.reader` does."""
+    return CheckpointManager(open_storage(str(folder.parent)), (), newest=1).reader(folder.name)
 
 
 def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

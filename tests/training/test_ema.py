@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fashion.model.network import FashionCNN
-from fashion.training.ema import begin_average, decay_at, move_average
+from fashion.training.ema import ema_decay_at, start_ema, update_ema
 
 STEPS = 40
 
@@ -36,12 +36,12 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_the_average_is_the_recurrence_by_hand(decay: float) -> None:
     torch.manual_seed(0)
     model = Small()
-    average = begin_average(model)
+    average = start_ema(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = values_of(model)
     for step in range(1, STEPS + 1):
         update(model, optimizer)
-        move_average(average, model, decay, step)
+        update_ema(average, model, decay, step)
         share = min(decay, (1 + step) / (10 + step))
         expected = share * expected + (1 - share) * values_of(model)
         assert torch.allclose(values_of(average), expected, atol=1e-6), step
@@ -53,9 +53,9 @@ def test_the_average_has_the_latest_statistics_of_the_network_and_leaves_them_al
     """Also those that are read from a checkpoint later on."""
     torch.manual_seed(0)
     model, other = Small(), Small()
-    average = begin_average(model)
+    average = start_ema(model)
     update(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    move_average(average, model, 0.5, 1)
+    update_ema(average, model, 0.5, 1)
     assert model.norm.running_mean.abs().min() > 0
     for network in (model, other):
         model.load_state_dict(network.state_dict())
@@ -65,7 +65,7 @@ def test_the_average_has_the_latest_statistics_of_the_network_and_leaves_them_al
 
 
 def test_the_share_that_stays_rises_to_the_decay() -> None:
-    shares = [decay_at(step, 0.99) for step in range(1, 2000)]
+    shares = [ema_decay_at(step, 0.99) for step in range(1, 2000)]
     assert shares[0] == pytest.approx(2 / 11)
     assert shares == sorted(shares)
     assert set(shares[890:]) == {0.99}
@@ -76,19 +76,19 @@ def test_the_share_that_stays_rises_to_the_decay() -> None:
 def test_what_the_network_began_with_is_gone_after_the_first_steps(decay: float) -> None:
     """A weight that was 1 at first and is 0 after every step: what is left of it in the average."""
     model = nn.Linear(1, 1)
-    average = begin_average(model)
+    average = start_ema(model)
     with torch.no_grad():
         for tensor, value in ((average.weight, 1.0), (model.weight, 0.0)):
             tensor.fill_(value)
     for step in range(1, 51):
-        move_average(average, model, decay, step)
+        update_ema(average, model, decay, step)
     assert 0 < average.weight.item() < 1e-5
 
 
 def test_an_average_lies_in_memory_as_the_network_does() -> None:
     """Else each step of the average would read and write in different orders."""
     model = FashionCNN(pixel_mean=0.3, pixel_std=0.35).to(memory_format=torch.channels_last)
-    average = begin_average(model)
+    average = start_ema(model)
     strides = [[each.stride() for each in network.parameters()] for network in (model, average)]
     assert strides[0] == strides[1]
     assert average.conv2.weight.is_contiguous(memory_format=torch.channels_last)

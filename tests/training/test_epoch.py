@@ -11,13 +11,23 @@ from torch import nn
 
 from fashion.config import TrainConfig
 from fashion.model.network import LearnedConv2d
-from fashion.training import epoch as loop
+from fashion.training import loop, sync
+from fashion.training.batches import (
+    Augmentation,
+    Batch,
+    augment,
+    erase_rectangles,
+    plain_batches,
+    shuffled_batches,
+    stream_seed,
+)
 from fashion.training.optimizer import (
     BLOCK_ROWS,
     NEWTON_SCHULZ,
     NEWTON_SCHULZ_STEPS,
     Muon,
     build_optimizer,
+    learning_rate,
     orthogonalised,
 )
 
@@ -37,13 +47,13 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture
-def rows() -> loop.Batch:
+def rows() -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (103, 1, 28, 28), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 10, (103,), generator=generator)
 
 
-def train(model: nn.Module, batches: list[loop.Batch], lr: float = 0.01) -> loop.EpochResult:
+def train(model: nn.Module, batches: list[Batch], lr: float = 0.01) -> loop.EpochResult:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     return loop.train_one_epoch(
         model,
@@ -58,9 +68,9 @@ def train(model: nn.Module, batches: list[loop.Batch], lr: float = 0.01) -> loop
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 50, 103, 500])
-def test_evaluation_does_not_depend_on_how_rows_are_batched(rows: loop.Batch, batch_size: int) -> None:
+def test_evaluation_does_not_depend_on_how_rows_are_batched(rows: Batch, batch_size: int) -> None:
     model = Tiny()
-    sums = loop.evaluate(model, loop.plain_batches(*rows, batch_size), precision="fp32", device=CPU)
+    sums = loop.evaluate(model, plain_batches(*rows, batch_size), precision="fp32", device=CPU)
     with torch.no_grad():
         logits = model(rows[0]).numpy().astype(np.float64)
     labels = rows[1].numpy()
@@ -71,7 +81,7 @@ def test_evaluation_does_not_depend_on_how_rows_are_batched(rows: loop.Batch, ba
 
 
 @pytest.mark.parametrize("tta", ["none", "flip"])
-def test_logits_are_the_mean_over_an_image_and_its_mirror_image(rows: loop.Batch, tta: str) -> None:
+def test_logits_are_the_mean_over_an_image_and_its_mirror_image(rows: Batch, tta: str) -> None:
     model = Tiny()
     one, other = model(rows[0]), model(rows[0].flip(-1))
     expected = (one + other) / 2 if tta == "flip" else one
@@ -82,11 +92,11 @@ def test_logits_are_the_mean_over_an_image_and_its_mirror_image(rows: loop.Batch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_flipped_rows_evaluate_alike_to_the_bit_where_both_views_are_averaged(rows: loop.Batch, precision: str) -> None:
+def test_flipped_rows_evaluate_alike_to_the_bit_where_both_views_are_averaged(rows: Batch, precision: str) -> None:
     mirrored = rows[0].flip(-1), rows[1]
     found = {
         tta: [
-            loop.evaluate(Tiny(), loop.plain_batches(*each, 50), precision=precision, device=CPU, tta=tta)
+            loop.evaluate(Tiny(), plain_batches(*each, 50), precision=precision, device=CPU, tta=tta)
             for each in (rows, mirrored)
         ]
         for tta in ("flip", "none")
@@ -95,19 +105,19 @@ def test_flipped_rows_evaluate_alike_to_the_bit_where_both_views_are_averaged(ro
     assert found["none"][0] != found["none"][1]
 
 
-def test_training_sums_count_the_rows_seen(rows: loop.Batch) -> None:
-    result = train(Tiny(), list(loop.plain_batches(*rows, 25)))
+def test_training_sums_count_the_rows_seen(rows: Batch) -> None:
+    result = train(Tiny(), list(plain_batches(*rows, 25)))
     assert result.sums.num_rows == 103
     assert 0 <= result.data_wait_s <= result.time_s
 
 
-def test_training_learns(rows: loop.Batch) -> None:
+def test_training_learns(rows: Batch) -> None:
     model = Tiny()
-    losses = [train(model, list(loop.plain_batches(*rows, 25)), lr=0.1).sums.loss for _ in range(20)]
+    losses = [train(model, list(plain_batches(*rows, 25)), lr=0.1).sums.loss for _ in range(20)]
     assert losses[-1] < losses[0] / 2
 
 
-def test_label_smoothing_changes_the_step_and_not_the_reported_loss(rows: loop.Batch) -> None:
+def test_label_smoothing_changes_the_step_and_not_the_reported_loss(rows: Batch) -> None:
     batch = [(rows[0], rows[1])]
     plain, smooth = Tiny(), Tiny()
     told = []
@@ -138,20 +148,20 @@ def test_a_loss_that_is_not_finite_is_named_by_epoch_and_step(bad_step: int) -> 
             return super().forward(images) * (math.nan if self.calls >= bad_step else 1.0)
 
     batches = [(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))] * 60
-    with pytest.raises(loop.Diverged, match=rf"epoch 1, step {bad_step};"):
+    with pytest.raises(sync.Diverged, match=rf"epoch 1, step {bad_step};"):
         train(Bad(), batches)
 
 
 # --- order and augmentation ---------------------------------------------------------------------------------------
 
 
-def batches_of(rows: loop.Batch, *, seed: int = 0, epoch: int = 1, rank: int = 0, **augmentation: object) -> list:
+def batches_of(rows: Batch, *, seed: int = 0, epoch: int = 1, rank: int = 0, **augmentation: object) -> list:
     return list(
-        loop.shuffled_batches(
+        shuffled_batches(
             *rows,
             batch_size=20,
             num_steps=5,
-            augmentation=loop.Augmentation(**augmentation),
+            augmentation=Augmentation(**augmentation),
             seed=seed,
             epoch=epoch,
             rank=rank,
@@ -167,18 +177,18 @@ def same(one: list, two: list) -> bool:
 def test_looks_at_slow_steps_come_sooner(monkeypatch: pytest.MonkeyPatch, step_s: float, steps: int) -> None:
     """A run is saved at a look, so that one that may lose two seconds must not wait seven for the next."""
     now = [0.0]
-    monkeypatch.setattr("fashion.training.epoch.time.perf_counter", lambda: now[0])
-    looks = loop.Looks(1, 40, torch.device("cpu"))
+    monkeypatch.setattr("fashion.training.loop.time.perf_counter", lambda: now[0])
+    sync_points = sync.SyncPoints(1, 40, torch.device("cpu"))
     due = []
     for step in range(41, 62):
         now[0] += step_s
-        if looks.are_due(step):
+        if sync_points.are_due(step):
             due.append(step)
-            assert not looks.take(step, wish=False)
+            assert not sync_points.take(step, wish=False)
     assert due == list(range(41, 62, steps))
 
 
-def test_order_is_keyed_by_seed_epoch_and_rank(rows: loop.Batch) -> None:
+def test_order_is_keyed_by_seed_epoch_and_rank(rows: Batch) -> None:
     first = batches_of(rows, flip="random", shift=2)
     assert same(first, batches_of(rows, flip="random", shift=2))
     for other in ({"seed": 1}, {"epoch": 2}, {"rank": 1}):
@@ -195,7 +205,7 @@ def test_flips_mirror_about_half_of_the_rows() -> None:
     images = torch.arange(28, dtype=torch.uint8).expand(1000, 1, 28, 28).contiguous()
     generator = torch.Generator().manual_seed(0)
     for flip in ("random", "alternating"):
-        out = loop.Augmentation(flip).apply(images, torch.arange(1000), seed=0, epoch=1, generator=generator)
+        out = Augmentation(flip).apply(images, torch.arange(1000), seed=0, epoch=1, generator=generator)
         mirrored = out[:, 0, 0, 0] == 27
         assert 400 < int(mirrored.sum()) < 600
         assert torch.equal(out[mirrored], images[mirrored].flip(-1))
@@ -206,7 +216,7 @@ def test_alternating_flips_turn_every_row_in_every_epoch() -> None:
     images = torch.arange(28, dtype=torch.uint8).expand(200, 1, 28, 28).contiguous()
     generator = torch.Generator().manual_seed(0)
     views = [
-        loop.Augmentation("alternating").apply(images, torch.arange(200), seed=0, epoch=epoch, generator=generator)
+        Augmentation("alternating").apply(images, torch.arange(200), seed=0, epoch=epoch, generator=generator)
         for epoch in (1, 2, 3)
     ]
     assert torch.equal(views[0], views[1].flip(-1))
@@ -216,7 +226,7 @@ def test_alternating_flips_turn_every_row_in_every_epoch() -> None:
 def test_shifts_move_by_every_amount_up_to_the_limit_and_fill_with_background() -> None:
     images = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 14, 14] = 255
-    out = loop.augment(images, None, 2, torch.Generator().manual_seed(0))
+    out = augment(images, None, 2, torch.Generator().manual_seed(0))
     places = out[:, 0].flatten(1).argmax(1)
     moves = {(int(p) // 28 - 14, int(p) % 28 - 14) for p in places}
     assert moves == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
@@ -227,7 +237,7 @@ def test_shifts_move_by_every_amount_up_to_the_limit_and_fill_with_background() 
 def erased(share: float, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Return which pixels (B, 28, 28) were erased; as good as all, for noise may leave a value as it is."""
     generator = torch.Generator().manual_seed(seed)
-    return (loop.erase_rectangles(images, share, generator) != images).squeeze(1)
+    return (erase_rectangles(images, share, generator) != images).squeeze(1)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -252,7 +262,7 @@ def test_erasing_meets_its_share_and_its_areas(share: float) -> None:
 
 def test_erasing_reaches_every_pixel_and_fills_it_with_all_values() -> None:
     images = torch.zeros(3000, 1, 28, 28, dtype=torch.uint8)
-    out = loop.erase_rectangles(images, 0.9, torch.Generator().manual_seed(0))
+    out = erase_rectangles(images, 0.9, torch.Generator().manual_seed(0))
     assert (out != 0).any(0).all()
     counts = torch.bincount(out.flatten().long(), minlength=256)[1:].float()
     assert counts.min() > 0.9 * counts.mean()
@@ -272,7 +282,7 @@ def test_erasing_keeps_what_lies_around_and_depends_on_the_generator_alone() -> 
     assert not torch.equal(changed, erased(0.9, images, seed=1))
 
 
-def test_a_batch_is_erased_last_and_its_labels_stay(rows: loop.Batch) -> None:
+def test_a_batch_is_erased_last_and_its_labels_stay(rows: Batch) -> None:
     """The first batch is flipped and shifted alike with and without."""
     plain, erasing = (batches_of(rows, flip="random", shift=2, erase=share) for share in (0.0, 0.5))
     assert all(torch.equal(one[1], other[1]) for one, other in zip(plain, erasing, strict=True))
@@ -287,7 +297,7 @@ def test_without_erasing_nothing_more_is_drawn() -> None:
     """So runs from before there was erasing repeat to the bit: a coin per row, then two moves."""
     generator, reference = (torch.Generator().manual_seed(3) for _ in range(2))
     images = torch.zeros(20, 1, 28, 28, dtype=torch.uint8)
-    loop.Augmentation("random", 2).apply(images, torch.arange(20), seed=0, epoch=1, generator=generator)
+    Augmentation("random", 2).apply(images, torch.arange(20), seed=0, epoch=1, generator=generator)
     torch.rand(20, generator=reference)
     torch.randint(0, 5, (2, 20, 1), generator=reference)
     assert torch.equal(generator.get_state(), reference.get_state())
@@ -295,8 +305,8 @@ def test_without_erasing_nothing_more_is_drawn() -> None:
 
 def test_streams_differ_in_every_part_of_the_key() -> None:
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0)]
-    assert len({loop.stream_seed(*key) for key in keys[:5]}) == 5
-    assert loop.stream_seed(3, 1, 4) == loop.stream_seed(3, 1, 4)
+    assert len({stream_seed(*key) for key in keys[:5]}) == 5
+    assert stream_seed(3, 1, 4) == stream_seed(3, 1, 4)
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
@@ -307,7 +317,7 @@ def test_one_cycle_is_that_of_torch() -> None:
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=100, pct_start=0.2)
     for step in range(100):
-        ours = loop.learning_rate("one-cycle", 1.0, 0.2, step, 100)
+        ours = learning_rate("one-cycle", 1.0, 0.2, step, 100)
         assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-9), step
         optimizer.step()
         if step < 99:
@@ -323,18 +333,18 @@ def test_one_cycle_is_that_of_torch() -> None:
     ],
 )
 def test_one_cycle_landmarks(step: int, expected: float) -> None:
-    assert loop.learning_rate("one-cycle", 1.0, 0.2, step, 100) == pytest.approx(expected)
+    assert learning_rate("one-cycle", 1.0, 0.2, step, 100) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_one_cycle_of_very_few_steps_stays_within_bounds(total: int) -> None:
     for warmup in (0.0, 0.2, 0.9):
-        values = [loop.learning_rate("one-cycle", 1.0, warmup, step, total) for step in range(total)]
+        values = [learning_rate("one-cycle", 1.0, warmup, step, total) for step in range(total)]
         assert all(0 < value <= 1 for value in values), (total, warmup, values)
 
 
 def test_a_constant_schedule_is_constant() -> None:
-    assert {loop.learning_rate("constant", 0.5, 0.2, step, 10) for step in range(10)} == {0.5}
+    assert {learning_rate("constant", 0.5, 0.2, step, 10) for step in range(10)} == {0.5}
 
 
 # --- optimizers ---------------------------------------------------------------------------------------------------

@@ -18,15 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import Depth, TrainConfig
 from fashion.data import synthetic
-from fashion.training import checkpoint
-from fashion.training import epoch as loop
+from fashion.training import checkpoint, loop, sync
 from fashion.training import run as fit
+from fashion.training.batches import Batch, plain_batches
 from fashion.training.metrics import Metrics
 
 ALONE = fit.Rank()
 
 
-def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, rank: fit.Rank = ALONE) -> fit.Run:
+def run_of(
+    config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, rank: fit.Rank = ALONE
+) -> fit.TrainingRun:
     """Return a run at its start, on the stand-in; of several ranks, each takes the rows that are its own."""
     images, labels = tensors(synthetic.draw(num_train_rows, seed=10))
     val_images, val_labels = tensors(synthetic.draw(max(num_val_rows, 1), seed=11))
@@ -34,11 +36,11 @@ def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, ra
     own, own_val = (slice(rank.rank, count, rank.world_size) for count in (num_train_rows, num_val_rows))
     batches = fit.resident_batches(config, images[own], labels[own], rank, config.steps_per_epoch(num_train_rows))
     val = val_images[own_val], val_labels[own_val]
-    rows = fit.Rows(batches, val, num_train_rows, num_val_rows, float(pixels.mean()), float(pixels.std()))
-    return fit.Run(config, rows, rank, wrap)
+    rows = fit.Shards(batches, val, num_train_rows, num_val_rows, float(pixels.mean()), float(pixels.std()))
+    return fit.TrainingRun(config, rows, rank, wrap)
 
 
-def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.Wrapped:
+def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.WrappedModel:
     if not dist.is_initialized():
         return fit.alone(network, optimizer, precision)
     return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
@@ -79,7 +81,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
     steps = [[step for epochs_done, step in saved if epochs_done == epoch and step] for epoch in (0, 1)]
     for each in steps:
         assert (each[0], each[-1]) == (1, 12), "looks after the first step and after the last"
-        assert max(late - early for early, late in itertools.pairwise(each)) <= loop.STEPS_BETWEEN_LOOKS["cpu"]
+        assert max(late - early for early, late in itertools.pairwise(each)) <= sync.MAX_STEPS_BETWEEN_SYNCS["cpu"]
     places = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
     for place in [*places, (1, 0), (2, 0)]:
         files = saved[place]
@@ -106,7 +108,7 @@ def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, dept
     for name in (checkpoint.WEIGHTS, checkpoint.TRAINED):
         model = fit.build_model(config, 0.0, 1.0)
         model.load_state_dict(checkpoint.fitting_weights(files[name], model, name))
-        batches = loop.plain_batches(*run.rows.val, fit.EVAL_BATCH_SIZE)
+        batches = plain_batches(*run.rows.val, fit.EVAL_BATCH_SIZE)
         judged = fit.place(model, torch.device("cpu"))
         sums = loop.evaluate(judged, batches, precision=run.precision, device=torch.device("cpu"), tta="flip")
         losses[name] = sums.loss
@@ -222,9 +224,12 @@ def test_a_progress_that_is_not_of_this_run_is_refused_and_changes_nothing(one_t
 
 
 def test_another_number_of_workers_takes_over_all_that_was_counted() -> None:
-    before = [loop.Position(30, 1.5, 200, 240, 9.0, 0.1, ("x",)), loop.Position(30, 2.25, 210, 240, 9.0, 0.2, ("y",))]
-    assert [loop.own_position(before, rank, 2) for rank in (0, 1)] == before
-    after = [loop.own_position(before, rank, 3) for rank in (0, 1, 2)]
+    before = [
+        sync.EpochState(30, 1.5, 200, 240, 9.0, 0.1, ("x",)),
+        sync.EpochState(30, 2.25, 210, 240, 9.0, 0.2, ("y",)),
+    ]
+    assert [sync.own_epoch_state(before, rank, 2) for rank in (0, 1)] == before
+    after = [sync.own_epoch_state(before, rank, 3) for rank in (0, 1, 2)]
     assert [position.step for position in after] == [30, 30, 30]
     assert sum(position.num_rows for position in after) == 480
     assert sum(position.num_correct for position in after) == 410
@@ -232,7 +237,7 @@ def test_another_number_of_workers_takes_over_all_that_was_counted() -> None:
     assert all(not position.states for position in after)
 
 
-def tensors(rows: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> loop.Batch:
+def tensors(rows: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> Batch:
     """Return images (N, 1, 28, 28) uint8 and labels (N,) int64."""
     images, labels = rows
     return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
 from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError, require
-from fashion.data import prepare as data
+from fashion.data import splits
+from fashion.data.manifest import find_manifest
 from fashion.reports.console import PUBLISHED, points, with_spread
 from fashion.reports.page import drawing as draw
 from fashion.reports.page import figures
 from fashion.reports.page import html as page
 from fashion.reports.page.figures import Figure, Row, Search, finite, shown
 from fashion.reports.page.html import Column, Picture, Section
-from fashion.reports.tables import REPORTS_FOLDER, SCHEMAS, in_schema
+from fashion.reports.schemas import REPORTS_FOLDER, SCHEMAS
+from fashion.reports.tables import in_schema
 from fashion.storage import Storage, open_storage, read_parquet
 
 MAX_CURVES = 6
@@ -515,12 +517,12 @@ def find_mistakes(predictions: pa.Table, split: str) -> Mistakes | None:
 def find_pixels(storage: Storage, run: Row, split: str, index: Sequence[int]) -> dict[int, NDArray[np.uint8]] | str:
     """Return images of a split by their index, or why they cannot be shown."""
     try:
-        manifest = data.find_manifest(storage)
+        manifest = find_manifest(storage)
         if manifest is None:
             return "The images are not shown: this storage holds no prepared data."
         if manifest.sha256 != run["dataset_sha256"]:
             return "The images are not shown: the prepared data in this storage is not what the run was trained on."
-        rows = data.load_split(storage, manifest, split)
+        rows = splits.load_split(storage, manifest, split)
     except (UserError, pa.ArrowException, OSError) as error:
         return f"The images are not shown: {' '.join(str(error).split())}"
     images = dict(zip(rows.index.tolist(), rows.images, strict=True))

@@ -1,0 +1,114 @@
+"""From archives to Parquet: stratified split, files with their sums, and the manifest, which is written last."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fashion.config import NUM_CLASSES, require
+from fashion.data.archives import archives_from, check_archives, read_pair
+from fashion.data.manifest import DATA_FOLDER, Manifest, check_same_request, find_manifest
+from fashion.data.rows import Split, to_table
+from fashion.storage import Storage
+
+ROWS_PER_FILE = 10_000
+
+
+def stratified_val_rows(labels: NDArray[np.uint8], val_rows: int, seed: int) -> NDArray[np.int64]:
+    """Choose `val_rows` rows, equally many of each class (to within one), by seed; returns sorted row numbers."""
+    generator = np.random.default_rng(seed)
+    chosen: list[NDArray[np.int64]] = []
+    for label in range(NUM_CLASSES):
+        quota = val_rows // NUM_CLASSES + (label < val_rows % NUM_CLASSES)
+        members = np.flatnonzero(labels == label)
+        require(
+            quota < len(members),
+            f"--val-rows {val_rows} leaves no training row of class {label}, which has {len(members)}; take fewer",
+        )
+        chosen.append(generator.permutation(members)[:quota])
+    return np.sort(np.concatenate(chosen))
+
+
+def split_rows(folder: Path, val_rows: int, seed: int) -> dict[str, Split]:
+    """Read the archives and cut them into train, val and test.
+
+    Training rows are written in a seeded random order, so that any prefix is a random subset.
+    """
+    images, labels = read_pair(folder, "train")
+    test_images, test_labels = read_pair(folder, "t10k")
+    val = stratified_val_rows(labels, val_rows, seed)
+    train = np.random.default_rng([seed, 1]).permutation(np.setdiff1d(np.arange(len(labels)), val))
+    return {
+        "train": Split(images[train], labels[train], train.astype(np.int32)),
+        "val": Split(images[val], labels[val], val.astype(np.int32)),
+        "test": Split(test_images, test_labels, np.arange(len(test_labels), dtype=np.int32)),
+    }
+
+
+def write_split(storage: Storage, name: str, split: Split) -> dict[str, str]:
+    """Write one split as Parquet files of up to 10,000 rows; return file name -> SHA-256."""
+    table = to_table(split)
+    sums: dict[str, str] = {}
+    for part, start in enumerate(range(0, len(table), ROWS_PER_FILE)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.slice(start, ROWS_PER_FILE), sink, compression="zstd", use_dictionary=False)
+        data = sink.getvalue()
+        sha256 = hashlib.sha256(data).hexdigest()
+        # The sum is in the name: two processes that prepare different splits at once never mix their files.
+        file_name = f"part-{part:03d}-{sha256[:12]}.parquet"
+        storage.write_bytes(data, *DATA_FOLDER, name, file_name)
+        sums[file_name] = sha256
+    return sums
+
+
+def combined_sha256(sums: dict[str, str], val_rows: int, seed: int) -> str:
+    """Return one sum that names archives and split: the SHA-256 of their sorted `name:value` lines."""
+    parts = {**sums, "val_rows": str(val_rows), "seed": str(seed)}
+    lines = "".join(f"{name}:{parts[name]}\n" for name in sorted(parts))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def prepare(
+    storage: Storage, source: str, val_rows: int = 5000, seed: int = 0, *, replace_stand_in: bool = False
+) -> tuple[Manifest, bool]:
+    """Make the prepared data exist; return its manifest and whether it was written now.
+
+    The manifest is written last, so a half-written folder is never taken for a finished one. Prepared data of another
+    source, seed or split is refused with `UserError` rather than replaced: runs that used it would lose their `val`.
+    With `replace_stand_in` a stand-in gives way to real data, once that is at hand and verified: it can be drawn again.
+    """
+    require(10 <= val_rows <= 50_000, f"--val-rows {val_rows} must lie between 10 and 50000")
+    require(0 <= seed < 2**31, f"--seed {seed} must lie between 0 and {2**31 - 1}")
+    existing = find_manifest(storage)
+    if existing is not None and not (replace_stand_in and existing.is_stand_in and source != "synthetic"):
+        check_same_request(storage, existing, source, val_rows, seed)
+        return existing, False
+    storage.check_writable("/".join(DATA_FOLDER))
+    with archives_from(source) as (folder, official):
+        sums = check_archives(folder, official=official)
+        splits = split_rows(folder, val_rows, seed)
+    if existing is not None:
+        storage.delete_folder(*DATA_FOLDER)
+    pixels = splits["train"].images.reshape(-1)
+    counts = np.bincount(pixels, minlength=256).astype(np.float64) / pixels.size
+    values = np.arange(256) / 255.0
+    mean = float(counts @ values)
+    manifest = Manifest(
+        dataset="fashion-mnist" if official else "fashion-mnist-synthetic",
+        sha256=combined_sha256(sums, val_rows, seed),
+        seed=seed,
+        val_rows=val_rows,
+        rows={name: len(split.labels) for name, split in splits.items()},
+        class_counts={n: np.bincount(s.labels, minlength=NUM_CLASSES).tolist() for n, s in splits.items()},
+        pixel_mean=mean,
+        pixel_std=float(np.sqrt(counts @ (values - mean) ** 2)),
+        files={name: write_split(storage, name, split) for name, split in splits.items()},
+        archives=sums,
+    )
+    data = json.dumps(vars(manifest), indent=2).encode()
+    storage.write_bytes(data, *DATA_FOLDER, "manifest.json")
+    return manifest, True

@@ -1,0 +1,82 @@
+"""Rows of the `runs` table: find one, and compare its settings with those asked for."""
+
+import json
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from fashion.config import (
+    TrainConfig,
+    UserError,
+    flag,
+    parse_object,
+    require,
+)
+from fashion.reports.schemas import REPORTS_FOLDER, RUNS_FOLDER
+from fashion.reports.tables import read_table
+from fashion.storage import Storage
+
+
+def find_run(storage: Storage, run_id: str) -> dict[str, Any] | None:
+    """Return the `runs` row of `run_id`, or None; raises `UserError` if the report is damaged."""
+    rows = read_table(storage, "runs", run_id)
+    return rows[0] if rows else None
+
+
+def load_run(storage: Storage, run_id: str) -> dict[str, Any]:
+    """Return the `runs` row of `run_id`; raises `UserError` naming the runs that exist."""
+    row = find_run(storage, run_id)
+    if row is None:
+        known = list_runs(storage)
+        names = f"there are {', '.join(known[-5:])}" if known else "there are none yet"
+        raise UserError(f"--run-id {run_id} does not exist in {storage.uri}; {names}")
+    return row
+
+
+def list_runs(storage: Storage) -> list[str]:
+    """Return the ids of all runs, sorted."""
+    selector = pafs.FileSelector(storage.path(REPORTS_FOLDER, "runs"), allow_not_found=True)
+    return sorted(info.base_name.removeprefix("run_id=") for info in storage.fs.get_file_info(selector))
+
+
+def config_json(config: TrainConfig) -> str:
+    """Return the settings as the `runs` table keeps them."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def stored_config(storage: Storage, run_id: str) -> TrainConfig:
+    """Return the settings that a run was started with; raises `UserError` if it does not exist, or is damaged."""
+    return config_of(storage, run_id, load_run(storage, run_id))
+
+
+def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
+    """Return the settings in the `runs` row `row`; raises `UserError` if it holds none."""
+    try:
+        return TrainConfig.from_dict(parse_object(row["config_json"] or ""))
+    except ValueError as error:
+        place = storage.show(REPORTS_FOLDER, "runs", f"run_id={run_id}")
+        raise UserError(f"{place} is damaged: config_json cannot be used ({error}); start another run") from error
+
+
+def differing_settings(storage: Storage, run_id: str, config: TrainConfig) -> list[str]:
+    """Return each setting in which `config` differs from the stored run's, as a flag with both values."""
+    stored = stored_config(storage, run_id).to_dict()
+    asked = config.to_dict()
+    return [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+
+
+def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
+    """Raise `UserError` naming each setting in which `config` differs from the stored run's."""
+    differing = differing_settings(storage, run_id, config)
+    require(
+        not differing,
+        f"--resume {run_id} was given other settings: {', '.join(differing)}; leave them out, or start a new run",
+    )
+
+
+def check_new_run(storage: Storage, run_id: str) -> None:
+    """Raise `UserError` if a run of that id has left anything in the storage."""
+    taken = find_run(storage, run_id) is not None or storage.exists(RUNS_FOLDER, run_id)
+    require(
+        not taken, f"--run-id {run_id} exists already in {storage.uri}; add --resume to continue it, or name another"
+    )

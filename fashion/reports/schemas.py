@@ -1,0 +1,184 @@
+"""The schema of each table of the reports, and the folders that they lie in."""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+REPORTS_FOLDER = "reports"
+RUNS_FOLDER = "runs"
+SEARCHES_FOLDER = "searches"
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+# Losses in nats per row, accuracies and shares as fractions, times in seconds, epochs counted from 1. `run_id` is the
+# partition column of every table, so it is not in the files.
+SCHEMAS: dict[str, pa.Schema] = {
+    "runs": pa.schema(
+        [
+            ("kind", pa.string()),  # train, trial, refit or study
+            ("search_id", pa.string()),
+            ("status", pa.string()),  # running, completed, diverged, failed or interrupted
+            ("error", pa.string()),
+            ("started_at", _TIME),
+            ("finished_at", _TIME),
+            ("wall_s", pa.float64()),
+            ("dataset", pa.string()),
+            ("dataset_sha256", pa.string()),
+            ("source_hash", pa.string()),
+            ("preset", pa.string()),
+            ("config_json", pa.string()),
+            ("num_parameters", pa.int64()),
+            ("world_size", pa.int32()),
+            ("device", pa.string()),
+            ("precision", pa.string()),
+            ("threads_per_worker", pa.int32()),
+            ("exchange", pa.string()),  # of gradients: none, shared memory, gloo or nccl
+            ("data_mode", pa.string()),
+            ("epochs_done", pa.int32()),
+            ("best_epoch", pa.int32()),
+            ("train_loss", pa.float64()),
+            ("train_accuracy", pa.float64()),
+            ("val_loss", pa.float64()),
+            ("val_accuracy", pa.float64()),
+            ("test_loss", pa.float64()),
+            ("test_accuracy", pa.float64()),
+            ("test_rows", pa.int64()),
+            ("images_per_s", pa.float64()),
+            ("peak_memory_bytes", pa.int64()),  # of the largest worker
+            ("checkpoint", pa.string()),  # the chosen one, relative to the storage
+            ("resumed_from", pa.int32()),  # epoch that the last life of the run started after; null if unbroken
+            ("hardware", pa.string()),
+            ("ray_version", pa.string()),
+            ("torch_version", pa.string()),
+        ]
+    ),
+    "epochs": pa.schema(
+        [
+            ("epoch", pa.int32()),
+            ("split", pa.string()),
+            ("loss", pa.float64()),
+            ("accuracy", pa.float64()),
+            ("rows", pa.int64()),
+            ("lr", pa.float64()),
+            ("epoch_time_s", pa.float64()),
+            ("data_wait_s", pa.float64()),
+            ("images_per_s", pa.float64()),
+        ]
+    ),
+    "trials": pa.schema(
+        [
+            ("search_id", pa.string()),
+            ("trial_id", pa.string()),  # t0000, t0001, ... in the order in which they were drawn
+            ("status", pa.string()),  # running, completed, stopped, diverged or error
+            ("error", pa.string()),
+            ("lr", pa.float64()),
+            ("dropout_conv", pa.float64()),
+            ("dropout_fc", pa.float64()),
+            ("weight_decay", pa.float64()),
+            ("label_smoothing", pa.float64()),
+            ("padding", pa.string()),
+            ("depth", pa.string()),
+            ("settings_json", pa.string()),  # all that was drawn
+            ("max_epochs", pa.int32()),
+            ("epochs_done", pa.int32()),
+            ("rung", pa.int32()),  # epoch of the last rung that the trial reached; null before the first
+            ("best_epoch", pa.int32()),
+            ("val_loss", pa.float64()),  # of the best epoch
+            ("val_accuracy", pa.float64()),
+            ("last_val_accuracy", pa.float64()),
+            ("wall_s", pa.float64()),  # all lives of the trial together
+        ]
+    ),
+    "predictions": pa.schema(
+        [
+            ("split", pa.string()),
+            ("index", pa.int32()),
+            ("label", pa.uint8()),
+            ("predicted", pa.uint8()),
+            ("probabilities", pa.list_(pa.float32(), 10)),
+            ("loss", pa.float32()),
+        ]
+    ),
+    "classes": pa.schema(
+        [
+            ("split", pa.string()),
+            ("label", pa.uint8()),
+            ("name", pa.string()),
+            ("precision", pa.float64()),
+            ("recall", pa.float64()),
+            ("f1", pa.float64()),
+            ("support", pa.int64()),
+        ]
+    ),
+    "bench": pa.schema(
+        [
+            ("row", pa.string()),  # letter and name, as b_job_vs_step
+            ("ours", pa.float64()),  # medians over the repeats, in `unit`
+            ("reference", pa.float64()),
+            ("unit", pa.string()),
+            ("ratio", pa.float64()),  # median of the repeats' own ratios, ours / reference
+            ("ratio_min", pa.float64()),
+            ("ratio_max", pa.float64()),
+            ("repeats", pa.int32()),
+            ("target", pa.float64()),  # none where nothing is aimed at
+            ("met", pa.bool_()),
+            ("hardware", pa.string()),
+            ("threads", pa.int32()),
+            ("torch_version", pa.string()),
+            ("ray_version", pa.string()),
+            ("source_hash", pa.string()),
+        ]
+    ),
+    "study": pa.schema(
+        [
+            ("study_id", pa.string()),
+            ("part", pa.string()),
+            ("arm", pa.string()),
+            ("baseline", pa.string()),  # the arm that this one is compared with; null for that one itself
+            ("preset", pa.string()),
+            ("settings_json", pa.string()),  # what differs from the preset
+            ("seeds", pa.int32()),  # runs of the arm, with seeds 0, 1, ...
+            ("epochs", pa.int32()),
+            ("train_rows", pa.int64()),  # of an epoch
+            ("val_accuracy", pa.float64()),  # means and standard deviations over the seeds, of each run's chosen epoch
+            ("val_accuracy_std", pa.float64()),
+            ("val_loss", pa.float64()),
+            ("val_loss_std", pa.float64()),
+            ("test_accuracy", pa.float64()),
+            ("test_accuracy_std", pa.float64()),
+            ("test_loss", pa.float64()),
+            ("test_loss_std", pa.float64()),
+            ("turning_epoch", pa.float64()),  # of the lowest val loss, the median over the seeds
+            ("val_effect", pa.float64()),  # mean difference to the baseline's accuracy over pairs of equal seed
+            ("val_effect_low", pa.float64()),  # its 95 % interval
+            ("val_effect_high", pa.float64()),
+            ("test_effect", pa.float64()),
+            ("test_effect_low", pa.float64()),
+            ("test_effect_high", pa.float64()),
+            ("only_arm_right", pa.int64()),  # test images, both models of seed 0
+            ("only_baseline_right", pa.int64()),
+            ("mcnemar_p", pa.float64()),
+            ("num_parameters", pa.int64()),
+            ("precision", pa.string()),
+            ("wall_s", pa.float64()),  # of all runs of the arm
+            ("hardware", pa.string()),
+            ("dataset_sha256", pa.string()),
+            ("torch_version", pa.string()),
+            ("ray_version", pa.string()),
+            ("source_hash", pa.string()),
+        ]
+    ),
+    "confusion": pa.schema(
+        [("split", pa.string()), ("label", pa.uint8()), ("predicted", pa.uint8()), ("count", pa.int64())]
+    ),
+}
+
+PROCESS_COLUMNS = (
+    "num_parameters",
+    "world_size",
+    "device",
+    "precision",
+    "threads_per_worker",
+    "exchange",
+    "peak_memory_bytes",
+)
+"""Columns of `runs` that the process which trains knows and nobody else."""
