@@ -12,6 +12,7 @@ SPLIT ?= test
 OUT ?= results/report.html
 REFIT ?= yes
 ARGS ?=
+LANES ?= 5
 
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python -m
@@ -38,7 +39,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune study evaluate report bench test check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate report bench test test-quick check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,12 +85,21 @@ report: setup ## One page of everything measured, for the browser: OUT
 bench: setup ## Measure the job side by side with its alternatives
 	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)
 
-# Those without Ray that take long each have a core; all others have the machine to themselves.
-test: setup ## Run all tests: first the quick ones
-	@.venv/bin/python -m pytest -m "not slow and not commands and not ray and not cluster and not hosts and not faults"
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal \
-		-m "slow and not commands and not ray and not cluster and not hosts and not faults"
-	@.venv/bin/python -m pytest -m "commands or ray or cluster or hosts or faults"
+# Another processor, for `make test PROCESSOR=...`: its instructions, and what precision auto resolves to there.
+avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+as_avx2 := $(avx2) FASHION_AUTO_PRECISION=fp32
+as_emulated-bf16 := $(avx2) FASHION_AUTO_PRECISION=bf16
+pytest := $(if $(PROCESSOR),env $(or $(as_$(PROCESSOR)),$(error PROCESSOR=$(PROCESSOR) must be avx2 or emulated-bf16))) \
+	.venv/bin/python -m pytest
+
+# Then lanes side by side, which wait for Ray more than they compute; at last, alone, what measures time or memory.
+test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-bf16 as another processor would
+	@$(pytest) -n auto --dist worksteal -m quick
+	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadgroup --no-loadscope-reorder -m "not quick and not quiet"
+	@$(pytest) -m quiet
+
+test-quick: setup ## Run what can be run after each edit: under a minute
+	@$(pytest) -n auto --dist worksteal -m quick
 
 check: setup ## Lint, format check, types; writes nothing
 	@.venv/bin/ruff check .
@@ -114,5 +124,5 @@ down: setup ## Stop what `make up` started, and nothing else
 
 clean: ## Delete what the project made here, results apart
 	@if [ -d .ray ] && [ -x .venv/bin/python ]; then $(RUN) fashion.cluster.head down; fi
-	rm -rf .venv .ray .mypy_cache .pytest_cache .ruff_cache 
+	rm -rf .venv .moto .ray .mypy_cache .pytest_cache .ruff_cache 
 	find fashion jobs tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Fixtures: small data for unit tests, one Ray cluster for the whole session, the real data where it is."""
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
@@ -33,11 +34,40 @@ def real_source() -> str:
     return str(REAL_DATA) if REAL_DATA.is_dir() else "synthetic"
 
 
+SLOW = ("slow", "commands", "ray", "cluster", "hosts", "faults", "quiet")
+# Tests of one lane run one after the other in one process and share what is costly to start: a Ray cluster, a head
+# node, hosts. Lanes run side by side, the longest first: most of their time is waiting for processes to start and end.
+LANES = ("hosts", "elastic", "faults", "s3", "distributed", "search", "heads", "others", "commands")
+
+
+def lane_of(item: pytest.Item) -> str:
+    """Return the lane of a test; an empty string for one that can run beside any other."""
+    marks = {mark.name: mark for mark in item.iter_markers()}
+    if "lane" in marks:
+        return str(marks["lane"].args[0])
+    if "ray" in marks:
+        return item.path.parent.name if item.path.parent.name in LANES else "others"
+    kinds = {"hosts": "hosts", "cluster": "heads", "faults": "faults", "commands": "commands"}
+    return next((lane for mark, lane in kinds.items() if mark in marks), "")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick tests, give the others their lanes, and put the longest lanes first."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in SLOW):
+            item.add_marker("quick")
+        elif lane := lane_of(item):
+            item.add_marker(pytest.mark.xdist_group(lane))
+    order = {lane: number for number, lane in enumerate(LANES)}
+    items.sort(key=lambda item: order.get(lane_of(item), len(order)))
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave Ray's modules unread where their tests are not wanted: to import Ray takes as long as many unit tests."""
-    names = ("export", "commands", "preflight", "search", "study", "trainer")
+    """Leave Ray's modules unread where only the quick tests are wanted: to import Ray takes as long as many of them."""
+    names = ("export", "preflight", "search", "study", "trainer")
     import_ray = [f"test_{name}.py" for name in names]
-    return True if "not ray" in config.option.markexpr and collection_path.name in import_ray else None
+    return True if config.option.markexpr == "quick" and collection_path.name in import_ray else None
 
 
 @pytest.fixture(scope="session")
@@ -62,31 +92,39 @@ def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     archives = tmp_path_factory.mktemp("archives")
     synthetic.write_archives(archives, num_train_rows=600, num_test_rows=200)
     storage = open_storage(str(tmp_path_factory.mktemp("tiny")))
+    prepare_archives(storage, archives)
+    return storage
+
+
+def prepare_archives(storage: Storage, archives: Path, val_rows: int = 100) -> None:
+    """Prepare `archives`, taken for the official ones: most of a short run on all rows would be its evaluation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
-        preparation.prepare(storage, str(archives), val_rows=100)
-    return storage
+        preparation.prepare(storage, str(archives), val_rows=val_rows)
 
 
 @pytest.fixture(scope="session")
 def small_storage(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
     """A storage for runs that are broken: see `drivers`."""
-    import drivers
-
     storage = open_storage(str(tmp_path_factory.mktemp("faults")))
-    drivers.prepare_small(storage, small_archives)
+    prepare_archives(storage, small_archives)
     return storage
 
 
 @pytest.fixture(scope="session")
-def unbroken(small_storage: Storage) -> "drivers.Outcome":
-    """What a run gives that nothing happens to."""
+def unbroken(small_storage: Storage) -> Callable[[str], "drivers.Outcome"]:
+    """What a run gives that nothing happens to, in fp32 or bf16; trained when it is first asked for."""
     import drivers
 
-    driver = drivers.Driver(small_storage, "unbroken")
-    said = driver.wait()
-    assert driver.process.returncode == 0, said
-    return drivers.outcome(small_storage, "unbroken")
+    @functools.cache
+    def outcome(precision: str) -> drivers.Outcome:
+        run_id = f"unbroken-{precision}"
+        driver = drivers.Driver(small_storage, run_id, precision=precision)
+        said = driver.wait()
+        assert driver.process.returncode == 0, said
+        return drivers.outcome(small_storage, run_id)
+
+    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +144,8 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
     assert [driver.left() for driver in drivers.DRIVERS] == [[]] * len(drivers.DRIVERS)
     assert [name for name in os.listdir(folder) if not name.startswith("torchinductor_")] == []
-    assert shared_memory() <= shared
+    # Tests that run beside these have files there too, each for a moment.
+    wait_for(lambda: shared_memory() <= shared, "end of the files in shared memory")
 
 
 def shared_memory() -> set[str]:

@@ -1,17 +1,18 @@
 """An `s3://` storage, spoken to over HTTP: moto's server, a process of its own, on a port of this machine.
 
-`MOTO_SERVER` names its command, in an environment of its own: `uv tool install 'moto[server]==5.2.5'`. botocore, which
-it is built on, wants an older python-dateutil than `uv.lock` has. One that happens to be on the PATH is not taken: with
-a 5.2.1 that was there, pyarrow took the end of every upload for a failure.
+The tests install it into an environment of its own, `.moto`: botocore, which it is built on, wants an older
+python-dateutil than `uv.lock` has. Its version is fixed: pyarrow took the end of every upload to 5.2.1 for a failure.
 """
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -21,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, run_job, wait_for
-from drivers import Driver, Outcome, assert_unharmed, prepare_small
+from conftest import ROOT, assert_refused, prepare_archives, run_job, wait_for
+from drivers import Driver, Unbroken, assert_unharmed
 from pyarrow import fs as pafs
 
 from fashion.cluster.lock import NameLock
@@ -32,12 +33,12 @@ from fashion.reports.page import sections as plots
 from fashion.storage import Storage, open_storage
 from fashion.training.checkpoint_manager import CheckpointManager
 
-SERVER = os.environ.get("MOTO_SERVER", "")
+MOTO = "moto[server]==5.2.5"
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.lane("s3"),
     pytest.mark.timeout(900),
-    pytest.mark.usefixtures("nothing_is_left"),
-    pytest.mark.skipif(not SERVER, reason="MOTO_SERVER names no server; uv tool install 'moto[server]==5.2.5'"),
+    pytest.mark.usefixtures("nothing_is_left", "moto"),
 ]
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
@@ -57,19 +58,40 @@ def uri_of(port: int, place: str) -> str:
     return f"s3://{place}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
 
 
+MOTO_SERVER = ROOT / ".moto" / "bin" / "moto_server"
+
+
+@pytest.fixture(scope="module")
+def moto() -> None:
+    """The server's program, installed where it is not; skips where it cannot be had."""
+    if MOTO_SERVER.exists():
+        return
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    if uv is None:
+        pytest.skip(f"{MOTO} cannot be installed: there is no uv")
+    folder = MOTO_SERVER.parents[1]
+    for command in (
+        ["venv", "--clear", "--python", sys.executable, folder],
+        ["pip", "install", "--python", folder, MOTO],
+    ):
+        done = subprocess.run([uv, *command], capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            pytest.skip(f"{MOTO} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+
+
 @contextmanager
 def server(**environment: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Run a server; gives its port and its process."""
     port = free_port()
     process = subprocess.Popen(
-        [SERVER, "-H", "127.0.0.1", "-p", str(port)],
+        [str(MOTO_SERVER), "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, **environment},
     )
 
     def answers() -> bool:
-        assert process.poll() is None, f"{SERVER} ended by itself"
+        assert process.poll() is None, f"{MOTO_SERVER} ended by itself"
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", port)) == 0
 
@@ -83,7 +105,7 @@ def server(**environment: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def store(moto: None) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A server with the bucket `bucket`, and its keys in the environment."""
     with pytest.MonkeyPatch.context() as patch, server() as (port, process):
         for name, value in KEYS.items():
@@ -256,7 +278,7 @@ def test_refused_permission_is_told() -> None:
 
 
 @pytest.fixture(scope="module")
-def read_only() -> Iterator[tuple[int, dict[str, str]]]:
+def read_only(moto: None) -> Iterator[tuple[int, dict[str, str]]]:
     """A server that enforces permissions, and keys that may read everything and write nothing."""
 
     def iam(**fields: str) -> str:
@@ -306,14 +328,15 @@ def test_a_server_that_never_answers_is_told() -> None:
 @pytest.fixture(scope="module")
 def remote(port: int, small_archives: Path) -> Storage:
     storage = open_storage(uri_of(port, "bucket/whole%20flow"))
-    prepare_small(storage, small_archives)
+    prepare_archives(storage, small_archives)
     return storage
 
 
 def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
-    remote: Storage, store: tuple[int, subprocess.Popen[bytes]], small_storage: Storage, unbroken: Outcome
+    remote: Storage, store: tuple[int, subprocess.Popen[bytes]], small_storage: Storage, unbroken: Unbroken
 ) -> None:
     """Its end is, to the bit, that of an unbroken run in a folder."""
+    expected = unbroken("fp32")
     done = run_job("jobs.prepare", "--storage", remote.uri, "--source", "auto", "--val-rows", "100")
     assert "already prepared" in done.stdout, done.stderr
     first = Driver(remote, "one")
@@ -334,8 +357,8 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     said = again.wait()
     assert again.process.returncode == 0, said
     assert said.count("goes on from checkpoint epoch-") == 1, "the silence was waited out, without another try"
-    assert_unharmed(remote, "one", unbroken)
-    far, near = runs.load_run(remote, "one"), runs.load_run(small_storage, "unbroken")
+    assert_unharmed(remote, "one", expected)
+    far, near = runs.load_run(remote, "one"), runs.load_run(small_storage, "unbroken-fp32")
     assert (far["world_size"], far["test_loss"], far["test_rows"]) == (2, near["test_loss"], 500)
 
 

@@ -4,6 +4,7 @@ Under DDP every rank calls these functions with equally many training batches; s
 ranks return the same numbers.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fashion.config import require
 from fashion.training.batches import Batch
 from fashion.training.sync import START, EpochState, SyncPoints, largest, own_states
 
@@ -75,8 +77,20 @@ class EpochResult:
     data_wait_s: float
 
 
+AUTO_PRECISION = "FASHION_AUTO_PRECISION"
+"""Environment variable: fp32 or bf16, what precision auto resolves to, in place of what the hardware has."""
+
+
 def has_native_bf16(device: torch.device) -> bool:
-    """Tell whether `device` has bf16 in hardware: CUDA capability >= 8.0; avx512_bf16 or amx_bf16 on a CPU."""
+    """Tell whether `device` has bf16 in hardware: CUDA capability >= 8.0; avx512_bf16 or amx_bf16 on a CPU.
+
+    The environment variable `AUTO_PRECISION` overrides the hardware, so that one machine can compute as another one
+    would. Raises `UserError` if it is set to anything but fp32 or bf16.
+    """
+    named = os.environ.get(AUTO_PRECISION, "")
+    require(named in ("", "fp32", "bf16"), f"{AUTO_PRECISION}={named} must be fp32 or bf16, or not be set")
+    if named:
+        return named == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     capabilities = torch.cpu.get_capabilities()

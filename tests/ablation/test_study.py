@@ -13,7 +13,13 @@ from fashion.reports import tables
 from fashion.reports.runs import find_run, load_run
 from fashion.storage import Storage
 
-ARMS = Part(preset="smoke", arms={"plain": {}, "mirrored": {"flip": "alternating", "dropout_fc": 0.1, "tta": "flip"}})
+ARMS = Part(
+    preset="smoke",
+    arms={
+        "plain": {"precision": "fp32"},
+        "mirrored": {"precision": "fp32", "flip": "alternating", "dropout_fc": 0.1, "tta": "flip"},
+    },
+)
 
 
 def carry_out(storage: Storage, seeds: int) -> list[study.Row]:

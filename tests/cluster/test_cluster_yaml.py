@@ -180,6 +180,7 @@ def launchers_files() -> set[Path]:
 
 
 @pytest.mark.hosts
+@pytest.mark.lane("elastic")
 @pytest.mark.skipif(bool(why_no_ssh()), reason=why_no_ssh() or "ssh")
 def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: Path) -> None:
     launch, head, worker = machines.hosts
@@ -207,8 +208,9 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
         wait_for(lambda host=host: any("raylet" in line for line in machines.processes(host).values()), "raylet")
         token = host.home / ".ray" / "auth_token"
         assert (token.read_text(), token.stat().st_mode & 0o777) == (machines.token.read_text(), 0o600)
-    flags = "--run-id launched --source auto --preset smoke --max-train-rows 256 --epochs 1 --num-workers 1"
-    submit = f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m jobs.train {flags}"
+    flags = "--run-id launched --source auto --preset smoke --precision fp32 --max-train-rows 256 --epochs 1"
+    job = f"python -m jobs.train {flags} --num-workers 1"
+    submit = f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {job}"
     done = ray("exec", "--no-config-cache", str(file), f"cd {ROOT} && {submit}")
     assert done.returncode == 0, done.stdout + done.stderr
     row = runs.load_run(tiny_storage, "launched")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from drivers import Driver, Outcome, assert_unharmed, prepare_small
+from conftest import prepare_archives
+from drivers import Driver, Unbroken, assert_unharmed
 
 from fashion.reports import runs, tables
 from fashion.storage import Storage, open_storage
@@ -26,7 +27,9 @@ from fashion.training.checkpoint_manager import CheckpointManager
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200), pytest.mark.usefixtures("nothing_is_left")]
 
-KILLS = int(os.environ.get("FAULT_KILLS", "3"))
+PRECISIONS = ("fp32", "bf16")
+# Six are each kind of victim in each precision.
+KILLS = int(os.environ.get("FAULT_KILLS", "6"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 
 
@@ -45,16 +48,17 @@ def age_of_newest(storage: Storage, run_id: str) -> float | None:
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_kill_at_a_random_moment_costs_no_bit(storage: Storage, unbroken: Outcome, number: int) -> None:
+def test_a_kill_at_a_random_moment_costs_no_bit(storage: Storage, unbroken: Unbroken, number: int) -> None:
     """A worker that dies is started anew by the run itself; a driver or a node by the same command."""
-    chance, run_id = random.Random(f"{SEED}/{number}"), f"broken-{number}"
-    driver = Driver(storage, run_id)
+    chance, run_id, precision = random.Random(f"{SEED}/{number}"), f"broken-{number}", PRECISIONS[number % 2]
+    expected = unbroken(precision)
+    driver = Driver(storage, run_id, precision=precision)
     driver.wait_for(driver.workers)
     kind, moment = ("driver", "worker", "node")[number % 3], chance.uniform(-0.2, 1.0)
     if moment > 0:  # else they are killed while they start
         driver.wait_for(lambda: Path(storage.path("runs", run_id)).exists())
         driver.wait_for(lambda: age_of_newest(storage, run_id) is not None)
-    time.sleep(abs(moment) * seconds_of_training(storage))
+    time.sleep(abs(moment) * seconds_of_training(storage, f"unbroken-{precision}"))
     lost = age_of_newest(storage, run_id)
     victims = driver.victims(kind, chance)
     was_over = driver.process.poll() is not None or not victims
@@ -66,22 +70,24 @@ def test_a_kill_at_a_random_moment_costs_no_bit(storage: Storage, unbroken: Outc
         assert driver.process.returncode == 0, said
     else:
         assert driver.process.returncode != 0, said
-        again = Driver(storage, run_id)
+        again = Driver(storage, run_id, precision=precision)
         said = again.wait()
         assert again.process.returncode == 0, said
     told = [line for line in said.splitlines() if "goes on from" in line]
     age = "none" if lost is None else f"{lost:.1f} s old"
-    print(f"{number} {kind} at {moment:.2f} of the training, newest checkpoint {age}, {told}", flush=True)
-    assert_unharmed(storage, run_id, unbroken)
+    print(
+        f"{number} {kind} in {precision} at {moment:.2f} of the training, newest checkpoint {age}, {told}", flush=True
+    )
+    assert_unharmed(storage, run_id, expected)
 
 
-def seconds_of_training(storage: Storage) -> float:
-    """Return how long the epochs of the unbroken run took."""
-    rows = tables.read_table(storage, "epochs", "unbroken")
+def seconds_of_training(storage: Storage, run_id: str) -> float:
+    """Return how long the epochs of a run took."""
+    rows = tables.read_table(storage, "epochs", run_id)
     return float(sum(row["epoch_time_s"] for row in rows))
 
 
-def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken: Outcome) -> None:
+def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken: Unbroken) -> None:
     """SIGSTOP: it is alive and does nothing; the rank that waits for it leaves its stacks."""
     driver = Driver(storage, "stopped", "--hang-timeout-s=8")
     driver.wait_for(lambda: CheckpointManager(storage, ("runs", "stopped"), newest=2).newest_whole()[0])
@@ -92,7 +98,7 @@ def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken:
     assert "goes on from checkpoint epoch-" in said
     left = [storage.read_bytes("runs", "stopped", "stacks", name) for name in storage.list("runs", "stopped", "stacks")]
     assert any(b"train_one_epoch" in stacks for stacks in left), left
-    assert_unharmed(storage, "stopped", unbroken)
+    assert_unharmed(storage, "stopped", unbroken("fp32"))
 
 
 @pytest.fixture
@@ -108,9 +114,9 @@ def filling_disk(tmp_path: Path) -> Iterator[Storage]:
 
 
 def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
-    filling_disk: Storage, small_archives: Path, unbroken: Outcome
+    filling_disk: Storage, small_archives: Path, unbroken: Unbroken
 ) -> None:
-    prepare_small(filling_disk, small_archives)
+    prepare_archives(filling_disk, small_archives)
     filler = Path(filling_disk.path("filler"))
     filler.write_bytes(bytes(40_000_000))
     driver = Driver(filling_disk, "full", "--max-failures=0")
@@ -123,11 +129,11 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     again = Driver(filling_disk, "full")
     said = again.wait()
     assert again.process.returncode == 0, said
-    assert_unharmed(filling_disk, "full", unbroken)
+    assert_unharmed(filling_disk, "full", unbroken("fp32"))
 
 
 def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
-    storage: Storage, unbroken: Outcome, tmp_path: Path
+    storage: Storage, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """Three hours ahead, in the middle of a run, for all of its processes: a library in front of libc's tells them.
 
@@ -153,4 +159,4 @@ def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
     assert (row["finished_at"] - row["started_at"]).total_seconds() > 3 * 3600, "its clock was not set"
     assert row["wall_s"] < 600
     assert all(each["epoch_time_s"] < 600 for each in tables.read_table(storage, "epochs", "late"))
-    assert_unharmed(storage, "late", unbroken)
+    assert_unharmed(storage, "late", unbroken("fp32"))

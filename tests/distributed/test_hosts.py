@@ -18,7 +18,7 @@ from fashion.storage import Storage
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not() or "hosts")]
 
-SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "256")
+SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "256", "--precision", "fp32")
 EPOCHS = 3
 
 
@@ -65,14 +65,11 @@ def submission(name: str, module: str, *flags: str, settings: Sequence[str] = ()
     return [*submit, "--", "env", *settings, "python", "-m", module, *flags]
 
 
-def train_flags(storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS) -> list[str]:
+def train_flags(
+    storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS, size: Sequence[str] = SMALL
+) -> list[str]:
     """Return the flags of a run."""
-    return ["--storage", storage.uri, "--run-id", run_id, *SMALL, "--num-workers", workers, "--epochs", str(epochs)]
-
-
-def train(cluster: Hosts, storage: Storage, run_id: str) -> subprocess.CompletedProcess[str]:
-    """Submit a run with two workers and wait for it."""
-    return cluster.run(cluster.head, *submission(run_id, "jobs.train", *train_flags(storage, run_id)))
+    return ["--storage", storage.uri, "--run-id", run_id, *size, "--num-workers", workers, "--epochs", str(epochs)]
 
 
 def scores(storage: Storage, run_id: str) -> dict[tuple[int, str], tuple[float, float]]:
@@ -125,17 +122,22 @@ def num_workers(cluster: Hosts) -> int:
     return sum("ray::RayTrainWorker" in line for line in lines)
 
 
-def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
-    spread = train(whole, tiny_storage, "spread")
-    assert spread.returncode == 0, spread.stdout + spread.stderr
-    assert "Job 'spread' succeeded" in spread.stdout
-    assert "3 node(s), 3 CPUs" in spread.stdout
-    local = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
-    assert local.returncode == 0, local.stderr
-    far, near = (runs.load_run(tiny_storage, name) for name in ("spread", "local"))
+@pytest.mark.parametrize(("precision", "rows"), [("fp32", 256), ("bf16", 128)])
+def test_workers_on_different_hosts_train_as_on_one(
+    whole: Hosts, tiny_storage: Storage, ray_cluster: None, precision: str, rows: int
+) -> None:
+    spread, local = f"spread-{precision}", f"local-{precision}"
+    size = [*SMALL[:4], "--precision", precision, "--max-train-rows", str(rows)]
+    done = whole.run(whole.head, *submission(spread, "jobs.train", *train_flags(tiny_storage, spread, size=size)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Job '{spread}' succeeded" in done.stdout
+    assert "3 node(s), 3 CPUs" in done.stdout
+    alone = call_job(jobs.train.main, *train_flags(tiny_storage, local, size=size))
+    assert alone.returncode == 0, alone.stderr
+    far, near = (runs.load_run(tiny_storage, name) for name in (spread, local))
     assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
-    assert (far["world_size"], far["status"], far["test_rows"]) == (2, "completed", 200)
-    assert scores(tiny_storage, "spread") == scores(tiny_storage, "local")
+    assert (far["world_size"], far["status"], far["test_rows"], far["precision"]) == (2, "completed", 200, precision)
+    assert scores(tiny_storage, spread) == scores(tiny_storage, local)
     assert far["test_loss"] == near["test_loss"]
 
 
@@ -146,7 +148,9 @@ def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: S
     lost = host_of(whole, "ray::RayTrainWorker")
     whole.cut(lost)
     assert job.wait(300) == 0, log_of(whole, "cut-off").read_text()
-    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread"), "the same bits as without the accident"
+    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread-fp32"), (
+        "the same bits as without the accident"
+    )
     whole.mend(lost)
     wait_for(lambda: not whole.processes(lost), "end of what was cut off")
     whole.kill(lost)
@@ -168,6 +172,7 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     whole.kill(lost)
 
 
+@pytest.mark.lane("elastic")
 def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
     epochs = 16
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import TrainConfig
 from fashion.distributed import shared_memory as exchange
+from fashion.distributed.ddp import mean_in_rank_order
 from fashion.distributed.shared_memory import ShardedOptimizer, slices_of
 from fashion.model import network as model_module
 from fashion.training import run as fit
@@ -79,6 +80,8 @@ def check_on_every_rank(rank: int, folder: str) -> None:
     for name in OPTIMIZERS:
         check_steps(rank, name, torch.float32)
     check_steps(rank, "muon", torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_sockets(dtype, rank)
     check_ranks_that_cannot_share(rank)
     check_death(rank)
 
@@ -108,6 +111,21 @@ def check_steps(rank: int, name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(kept[key], state["state"][index][key]) for key in kept), (name, dtype, index)
     moved, untouched = dict(model.named_parameters()), dict(started(name)[0].named_parameters())
     assert not any(torch.equal(moved[key], untouched[key]) for key in moved), "every parameter moved"
+
+
+def check_sockets(dtype: torch.dtype, rank: int) -> None:
+    """Ranks on several hosts, which share no memory, compute the same bits, in one bucket and in many."""
+    nets = [started("adamw") for _ in range(3)]
+    for (net, optimizer), hook, cap_mb in zip(
+        nets, (average_in_rank_order, mean_in_rank_order, mean_in_rank_order), (30, 30, 1), strict=True
+    ):
+        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb)
+        wrapped.register_comm_hook(dtype, hook)
+        for turn in range(2):
+            step(wrapped, optimizer, optimizer.step, rank, turn)
+    expected, *others = [dict(net.named_parameters()) for net, _ in nets]
+    for found in others:
+        assert all(torch.equal(found[key], expected[key]) for key in expected), dtype
 
 
 def check_ranks_that_cannot_share(rank: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import assert_refused, call_job, real_source
 from safetensors.torch import load_file
 
-from fashion.config import ScaleConfig, TrainConfig
+from fashion.config import Precision, ScaleConfig, TrainConfig
 from fashion.data import preparation
 from fashion.distributed import trainer
 from fashion.inference import export
@@ -47,10 +47,23 @@ def whole_test(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 @pytest.mark.ray
-def test_the_program_predicts_what_the_checkpoint_does(ray_cluster: None, whole_test: Storage, tmp_path: Path) -> None:
-    """All test images, by a process that knows nothing of this project."""
-    config = TrainConfig(preset="smoke", epochs=1, max_train_rows=1024, global_batch_size=32)
-    row = trainer.train(whole_test, "whole", config, ScaleConfig(num_workers="2"), source=real_source()).row
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_program_predicts_what_the_checkpoint_does(
+    precision: Precision, ray_cluster: None, request: pytest.FixtureRequest, small_archives: Path, tmp_path: Path
+) -> None:
+    """All test images, by a process that knows nothing of this project; few in bf16, which a CPU may lack."""
+    num_rows = {"fp32": 10_000, "bf16": 500}[precision]
+    whole_test: Storage = request.getfixturevalue("whole_test" if precision == "fp32" else "small_storage")
+    source = real_source() if precision == "fp32" else str(small_archives)
+    taken = source if precision == "fp32" else "auto"
+    config = TrainConfig(
+        preset="smoke",
+        epochs=1,
+        max_train_rows=num_rows // 10,
+        global_batch_size=20,
+        precision=precision,
+    )
+    row = trainer.train(whole_test, "whole", config, ScaleConfig(num_workers="2"), source=taken).row
     folder = tmp_path / "model"
     flags = ["--storage", whole_test.uri, "--run-id", "whole", "--split", "val", "--export", str(folder)]
     done = call_job(evaluate.main, *flags)
@@ -60,12 +73,12 @@ def test_the_program_predicts_what_the_checkpoint_does(ray_cluster: None, whole_
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
     assert json.loads((folder / MANIFEST).read_text()) == json.loads(manifest_of(files))
 
-    archive = archive_of_test(tmp_path)
+    archive = archive_of_test(source, tmp_path)
     command = [sys.executable, "-I", "-c", OUTSIDE, str(folder / export.PROGRAM), str(archive)]
     outside = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert outside.returncode == 0, outside.stderr
     predictions = [each for each in tables.read_table(whole_test, "predictions", "whole") if each["split"] == "test"]
-    assert [each["index"] for each in predictions] == list(range(10_000))
+    assert [each["index"] for each in predictions] == list(range(num_rows))
     assert json.loads(outside.stdout) == [each["predicted"] for each in predictions]
     assert len({each["predicted"] for each in predictions}) > 3, "it learned something"
 
@@ -76,9 +89,8 @@ def test_the_program_predicts_what_the_checkpoint_does(ray_cluster: None, whole_
         assert told in card, told
 
 
-def archive_of_test(folder: Path) -> Path:
+def archive_of_test(source: str, folder: Path) -> Path:
     """Return the archive of the test images."""
-    source = real_source()
     if source != "synthetic":
         return Path(source) / "t10k-images-idx3-ubyte.gz"
     from fashion.data import synthetic

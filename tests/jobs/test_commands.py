@@ -22,6 +22,7 @@ from jobs import bench, evaluate, prepare, train, tune
 pytestmark = pytest.mark.commands
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate", "report", "bench", "study"])
 def test_help_comes_within_two_seconds(job: str) -> None:
     times: list[float] = []

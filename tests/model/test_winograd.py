@@ -1,14 +1,13 @@
 """Minimal filtering: the convolution that torch computes, its gradients, and when it is taken."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fashion.config import TrainConfig
 from fashion.model import winograd
-from fashion.training.run import build_model, prepare_process
+from fashion.training.run import build_model
 
 # Of a convolution's root mean square, that of the difference; 9e-6 to 2e-5 were seen.
 TOLERANCE = 4e-5
@@ -122,22 +121,16 @@ def test_a_network_that_trains_predicts_what_it_does_in_evaluation(padding: str)
     assert (trained - evaluated).abs().max() < 1e-4 * evaluated.abs().max()
 
 
-@pytest.mark.slow
-def test_a_training_step_is_quicker_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.6 to 1.9 times were seen on Zen 3, with one thread; what is asserted leaves room for other processors."""
-    prepare_process(1)
+def test_a_training_step_takes_less_than_half_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, transforms included: how much time that saves depends on the processor; `jobs.bench` measures it."""
     model = build_model(TrainConfig(), pixel_mean=0.3, pixel_std=0.35)
-    images, labels = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8), torch.arange(32) % 10
+    images, labels = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8), torch.arange(8)
 
-    def seconds() -> float:
-        started = time.perf_counter()
-        F.cross_entropy(model(images), labels).backward()
-        return time.perf_counter() - started
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counter:
+            F.cross_entropy(model(images), labels).backward()
+        return int(counter.get_total_flops())
 
-    quick, direct = [], []
-    for _ in range(6):
-        quick.append(seconds())
-        with monkeypatch.context() as patched:
-            patched.setattr(winograd, "is_quicker", lambda x: False)
-            direct.append(seconds())
-    assert min(quick[1:]) < 0.9 * min(direct[1:]), (quick, direct)
+    quick = operations()
+    monkeypatch.setattr(winograd, "is_quicker", lambda x: False)
+    assert quick < 0.5 * operations()

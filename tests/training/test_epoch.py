@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fashion.config import TrainConfig
+from fashion.config import TrainConfig, UserError
 from fashion.model.network import LearnedConv2d
 from fashion.training import loop, sync
 from fashion.training.batches import (
@@ -437,12 +437,22 @@ def test_optimizer_state_survives_a_round_trip() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_precision_is_resolved_from_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_resolved_from_the_hardware_or_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(loop.AUTO_PRECISION, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert loop.resolve_precision("auto", CPU) == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert loop.resolve_precision("auto", CPU) == "fp32"
     assert loop.resolve_precision("bf16", CPU) == "bf16"
+    monkeypatch.setenv(loop.AUTO_PRECISION, "bf16")
+    assert loop.resolve_precision("auto", CPU) == "bf16"
+    assert loop.resolve_precision("fp32", CPU) == "fp32"
+    monkeypatch.setenv(loop.AUTO_PRECISION, "fp32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert loop.resolve_precision("auto", CPU) == "fp32"
+    monkeypatch.setenv(loop.AUTO_PRECISION, "fp16")
+    with pytest.raises(UserError, match="FASHION_AUTO_PRECISION=fp16 must be fp32 or bf16, or not be set"):
+        loop.resolve_precision("auto", CPU)
 
 
 def test_muon_moves_blocks_of_filters_each_by_itself() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fashion.config import Depth, TrainConfig
+from fashion.config import Depth, Precision, TrainConfig
 from fashion.data import synthetic
 from fashion.training import checkpoint, loop, sync
 from fashion.training import run as fit
@@ -24,6 +24,7 @@ from fashion.training.batches import Batch, plain_batches
 from fashion.training.metrics import Metrics
 
 ALONE = fit.Rank()
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def run_of(
@@ -51,15 +52,18 @@ def without_times(history: list[Metrics]) -> list[Metrics]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("depth", "ema_decay"), [("vgg", 0.0), ("deep-bn", 0.9)])
-def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Depth, ema_decay: float) -> None:
+def test_a_run_that_goes_on_ends_with_the_same_bits(
+    one_thread: None, depth: Depth, ema_decay: float, precision: Precision
+) -> None:
     """Between epochs and within; everything that draws at random is on, and statistics of batch normalisation are in
     mid-flow.
     """
     config = TrainConfig(
         preset="smoke",
         epochs=2,
-        global_batch_size=8,
+        global_batch_size=4,
         dropout_conv=0.1,
         dropout_fc=0.2,
         shift=1,
@@ -68,8 +72,9 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
         padding="learned",
         ema_decay=ema_decay,
         tta="flip",
+        precision=precision,
     )
-    whole = run_of(config, 96)
+    whole = run_of(config, 48, num_val_rows=20)
     saved: dict[tuple[int, int], dict[str, bytes]] = {}
 
     def save() -> None:
@@ -85,7 +90,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
     places = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
     for place in [*places, (1, 0), (2, 0)]:
         files = saved[place]
-        again = run_of(config, 96)
+        again = run_of(config, 48, num_val_rows=20)
         again.restore(files.__getitem__)
         assert (again.epochs_done, again.step) == place
         assert len(list(again.epochs())) == 2 - place[0]
@@ -97,11 +102,19 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(one_thread: None, depth: Dep
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", ["vgg", "deep-bn"])
-def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, depth: Depth) -> None:
+@pytest.mark.parametrize(("depth", "precision"), [("vgg", "fp32"), ("deep-bn", "fp32"), ("deep-bn", "bf16")])
+def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, depth: Depth, precision: Precision) -> None:
     """The average; the weights that are trained are others, lie beside it, and without an average are not there."""
-    config = TrainConfig(preset="smoke", epochs=1, global_batch_size=8, depth=depth, ema_decay=0.9, tta="flip")
-    run = run_of(config, 160)
+    config = TrainConfig(
+        preset="smoke",
+        epochs=1,
+        global_batch_size=8,
+        depth=depth,
+        ema_decay=0.9,
+        tta="flip",
+        precision=precision,
+    )
+    run = run_of(config, 64, num_val_rows=50)
     [metrics] = run.epochs()
     files = run.encode()
     losses = {}
@@ -113,7 +126,7 @@ def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, dept
         sums = loop.evaluate(judged, batches, precision=run.precision, device=torch.device("cpu"), tta="flip")
         losses[name] = sums.loss
     assert losses[checkpoint.WEIGHTS] == metrics["val_loss"] != losses[checkpoint.TRAINED]
-    plain = run_of(TrainConfig(preset="smoke", epochs=1, global_batch_size=8), 160)
+    plain = run_of(TrainConfig(preset="smoke", epochs=1, global_batch_size=8), 64)
     assert checkpoint.TRAINED not in plain.encode()
     assert plain.evaluated is plain.model
 
@@ -121,7 +134,7 @@ def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, dept
 @pytest.mark.slow
 def test_an_average_moves_after_every_step_needs_no_val_and_leaves_training_as_it_is(one_thread: None) -> None:
     """The weights that are trained are those of a run without an average, to the bit; steps count over the run."""
-    settings = {"preset": "smoke", "epochs": 2, "global_batch_size": 8, "hold_out_val": False}
+    settings = {"preset": "smoke", "epochs": 2, "global_batch_size": 8, "hold_out_val": False, "precision": "fp32"}
     averaged, plain = (run_of(TrainConfig(**settings, ema_decay=decay), 40, 0) for decay in (0.5, 0.0))
     expected = averaged.model.fc3.weight.detach().clone()
 
@@ -144,7 +157,7 @@ def test_an_average_moves_after_every_step_needs_no_val_and_leaves_training_as_i
 WORLD_SIZE = 2
 
 
-def check_on_every_rank(rank: int, folder: str, hold_out_val: bool) -> None:
+def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: Precision) -> None:
     """Train, keep what rank 0 saves after the first step, go on from there on all ranks, compare."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
@@ -158,6 +171,7 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool) -> None:
         erase=0.3,
         ema_decay=0.9,
         hold_out_val=hold_out_val,
+        precision=precision,
     )
     whole, again = (run_of(config, 24, 9 if hold_out_val else 0, fit.Rank(rank, WORLD_SIZE)) for _ in range(2))
     saved = Path(folder, "saved")
@@ -183,10 +197,10 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hold_out_val", [True, False])
-def test_all_ranks_end_with_the_same_networks(tmp_path: Path, hold_out_val: bool) -> None:
+@pytest.mark.parametrize(("hold_out_val", "precision"), [(True, "fp32"), (True, "bf16"), (False, "fp32")])
+def test_all_ranks_end_with_the_same_networks(tmp_path: Path, hold_out_val: bool, precision: Precision) -> None:
     """The one that is trained and its average, both with the statistics of all rows; in one life or two."""
-    torch.multiprocessing.spawn(check_on_every_rank, (str(tmp_path), hold_out_val), WORLD_SIZE)
+    torch.multiprocessing.spawn(check_on_every_rank, (str(tmp_path), hold_out_val, precision), WORLD_SIZE)
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -204,7 +218,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.slow
 def test_a_progress_that_is_not_of_this_run_is_refused_and_changes_nothing(one_thread: None) -> None:
-    config = TrainConfig(preset="smoke", epochs=2, global_batch_size=8)
+    config = TrainConfig(preset="smoke", epochs=2, global_batch_size=8, precision="fp32")
     run = run_of(config, 160)
     saved: list[dict[str, bytes]] = []
     for _ in run.epochs(wants_pause=lambda seconds: run.epochs_done == 1, on_pause=lambda: saved.append(run.encode())):
@@ -255,7 +269,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.slow
 def test_the_network_learns_the_stand_in_but_not_fully(one_thread: None) -> None:
     """It must not be so easy that a broken recipe passes, nor so hard that a good one fails."""
-    config = TrainConfig(preset="smoke", epochs=2, global_batch_size=50)
+    config = TrainConfig(preset="smoke", epochs=2, global_batch_size=50, precision="fp32")
     history = list(run_of(config, 1200, num_val_rows=500).epochs())
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert 0.75 < history[-1]["val_accuracy"] < 0.95, history[-1]
