@@ -7,6 +7,7 @@ Both append lines "moment seconds since 1970" to the file NOTES, on this machine
 which three functions are watched.
 """
 
+import itertools
 import runpy
 import sys
 import time
@@ -51,19 +52,21 @@ def run_job(path: str, flags: list[str]) -> None:
 
 
 def watch(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the training loop, with an observer of steps where nobody looks otherwise."""
+    """Return the training loop, which notes when it starts and when its first step is done."""
 
     def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         from fashion.distributed import worker
-        from fashion.training import run as fit
+        from fashion.training import loop
 
         note(path, "loop")
+        train_step, steps = loop.train_step, itertools.count(1)
 
-        def on_step(epoch: int, step: int) -> None:
-            if (epoch, step) == (1, 1):
+        def noted_step(*arguments: Any, **options: Any) -> None:
+            train_step(*arguments, **options)
+            if next(steps) == 1:
                 note(path, "step")
 
-        with patch.object(fit.TrainingRun, "ignore_step", staticmethod(on_step)):
+        with patch.object(loop, "train_step", noted_step):
             return worker.train_loop_per_worker(settings)
 
     return train_loop_per_worker

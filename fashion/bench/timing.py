@@ -94,14 +94,20 @@ def time_steps(run: fit.TrainingRun, batches: list[Batch]) -> None:
 
 
 def time_loop(run: fit.TrainingRun, batches: Iterator[Batch]) -> None:
-    """The loop that a run trains with."""
-    loop.train_one_epoch(
-        run.wrapped,
-        batches,
-        run.update,
-        epoch=1,
-        set_lr=run.set_lr,
-        precision=run.precision,
-        label_smoothing=run.config.label_smoothing,
-        device=run.rank.device,
-    )
+    """The loop that a run trains with: its steps, and the synchronisation of the ranks between them."""
+    run.wrapped.train()
+    record = loop.EpochRecord(1, run.rank.device)
+    for batch in record.timed(batches):
+        run.set_lr(record.step)
+        loop.train_step(
+            run.wrapped,
+            batch,
+            run.update,
+            record,
+            precision=run.precision,
+            label_smoothing=run.config.label_smoothing,
+        )
+        if record.is_sync_point():
+            record.synchronise(wants_save=False)
+    record.synchronise(wants_save=False)
+    record.result()

@@ -51,7 +51,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 ray.train.report(run.facts() | metrics)
         diverged = None
         try:
-            train(run, manager, faults["checkpoint_every_s"], step_observers(settings, run, watchdog), notes)
+            train(run, manager, settings, watchdog, notes)
         except sync.Diverged as error:
             # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
             diverged = str(error)
@@ -65,44 +65,36 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(
-    run: fit.TrainingRun,
-    manager: CheckpointManager,
-    checkpoint_every_s: float,
-    on_step: Callable[[int, int], None],
-    notes: list[str],
+    run: fit.TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
 ) -> None:
-    """Train what remains of `run`, saving it as often as asked; `notes` go to the person with the first report."""
-    timer = CheckpointTimer(checkpoint_every_s)
+    """Train what remains of `run`: save it when that is due, report each epoch. `notes` go with the first report."""
+    timer = CheckpointTimer(settings["faults"]["checkpoint_every_s"])
+    publish_step = step_publisher(settings, run)
     answered = reclaim_announced()
-
-    def wants_pause(seconds: float) -> bool:
-        return (run.rank.rank == 0 and timer.is_due(seconds + manager.seconds)) or reclaim_announced() != answered
-
-    def save() -> None:
-        nonlocal answered
-        answered = reclaim_announced()
-        if run.rank.rank == 0:
-            manager.save(run)
-        timer.restart()
-
-    for metrics in run.epochs(on_step, wants_pause, save):
-        save()
-        manager.wait()  # what is reported stays done, whatever comes
-        ray.train.report(run.facts() | metrics | {"notes": notes})
-        notes = []
-
-
-def step_observers(settings: dict[str, Any], run: fit.TrainingRun, watchdog: Watchdog) -> Callable[[int, int], None]:
-    """Return what is told of each step: the watchdog, and on rank 0 the bar, if somebody sees it."""
-    count = run.ignore_step
-    if settings["show_bar"] and run.rank.rank == 0:
-        count = StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
-
-    def on_step(epoch: int, step: int) -> None:
+    for progress in run.train():
         watchdog.beat()
-        count(epoch, step)
+        publish_step(progress.epoch, progress.step)
+        if progress.is_sync_point:
+            is_due = run.rank.rank == 0 and timer.is_due(progress.seconds_without_sync + manager.seconds)
+            saves = run.synchronise(wants_save=is_due or reclaim_announced() != answered)
+        else:
+            saves = progress.metrics is not None
+        if saves:
+            answered = reclaim_announced()
+            if run.rank.rank == 0:
+                manager.save(run)
+            timer.restart()
+        if progress.metrics is not None:
+            manager.wait()  # what is reported stays done, whatever comes
+            ray.train.report(run.facts() | progress.metrics | {"notes": notes})
+            notes = []
 
-    return on_step
+
+def step_publisher(settings: dict[str, Any], run: fit.TrainingRun) -> Callable[[int, int], None]:
+    """Return what publishes each step for the progress bar, on rank 0 and if there is one; else it does nothing."""
+    if settings["show_bar"] and run.rank.rank == 0:
+        return StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
+    return lambda epoch, step: None
 
 
 def leave_stacks(storage: Storage, folder: tuple[str, ...], stacks: str) -> None:

@@ -65,20 +65,17 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
     for metrics in run.history:
         report(run, metrics)
     timer = CheckpointTimer(shared["checkpoint_every_s"])
-
-    def save() -> None:
-        manager.save(run)
-        manager.wait()  # the trial may be over at its next report, and what is still written would stay
-        timer.restart()
-
-    def is_due(seconds: float) -> bool:
-        return timer.is_due(seconds + manager.seconds)
-
     try:
-        for metrics in run.epochs(wants_pause=is_due, on_pause=save):
-            if is_due(0.0):
-                save()
-            report(run, metrics)
+        for progress in run.train():
+            if progress.metrics is None and not progress.is_sync_point:
+                continue
+            is_due = timer.is_due(progress.seconds_without_sync + manager.seconds)
+            if run.synchronise(wants_save=is_due) if progress.is_sync_point else is_due:
+                manager.save(run)
+                manager.wait()  # the trial may be over at its next report, and what is still written would stay
+                timer.restart()
+            if progress.metrics is not None:
+                report(run, progress.metrics)
     except sync.Diverged as error:
         end_badly(run.epochs_done + 1, "diverged", str(error))
 

@@ -6,7 +6,7 @@ ranks return the same numbers.
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -68,15 +68,6 @@ class SumMeter:
         return ClassificationSums(loss_sum, round(num_correct), round(num_rows))
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch of training: its sums, this rank's time, and the slowest rank's wait for data, in seconds."""
-
-    sums: ClassificationSums
-    time_s: float
-    data_wait_s: float
-
-
 AUTO_PRECISION = "FASHION_AUTO_PRECISION"
 """Environment variable: fp32 or bf16, what precision auto resolves to, in place of what the hardware has."""
 
@@ -112,70 +103,89 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def train_one_epoch(
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch of training: its sums over all ranks, this rank's time, and the slowest rank's wait for data."""
+
+    sums: ClassificationSums
+    time_s: float
+    data_wait_s: float
+
+
+class EpochRecord:
+    """What one rank keeps of an epoch in progress: steps done, sums, times, and when the ranks synchronise next."""
+
+    def __init__(self, epoch: int, device: torch.device, start: EpochState = START) -> None:
+        """Begin with the epoch's first step, or go on from the state `start` that a checkpoint holds."""
+        self.step = start.step
+        """Steps done."""
+        self._device = device
+        self._meter = SumMeter(device, start)
+        self._sync_points = SyncPoints(epoch, start.step, device)
+        self._started = time.perf_counter() - start.time_s
+        self._data_wait_s = start.data_wait_s
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield `batches`, adding up the seconds that they are waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self._data_wait_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float) -> None:
+        """Add a step: its `loss` () in nats, `logits` (B, 10) float32 and `labels` (B,)."""
+        self.step += 1
+        plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
+        self._meter.add(plain * len(labels), logits, labels)
+        self._sync_points.note(loss, self.step)
+
+    def is_sync_point(self) -> bool:
+        """Tell whether all ranks call `synchronise` after this step."""
+        return self._sync_points.are_due(self.step)
+
+    def synchronise(self, wants_save: bool) -> bool:
+        """Raise `Diverged` on all ranks if any saw a non-finite loss; else return whether any rank wants to save."""
+        return self._sync_points.take(self.step, wants_save)
+
+    def state(self, model: nn.Module) -> EpochState:
+        """Return what this rank needs to go on from here with the same bits."""
+        own, spent = self._meter.own(), time.perf_counter() - self._started
+        states = own_states(model, self._device)
+        return EpochState(self.step, own.loss_sum, own.num_correct, own.num_rows, spent, self._data_wait_s, states)
+
+    def result(self) -> EpochResult:
+        """Return the epoch's sums over all ranks, and its times in seconds."""
+        sums = self._meter.reduce()
+        return EpochResult(sums, time.perf_counter() - self._started, largest(self._data_wait_s, self._device))
+
+
+def train_step(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batch: Batch,
     update: Callable[[], object],
+    record: EpochRecord,
     *,
-    epoch: int,
-    set_lr: Callable[[int], None],
     precision: str,
     label_smoothing: float,
-    device: torch.device,
-    on_step: Callable[[int], None] = lambda step: None,
-    begin: EpochState = START,
-    wants_pause: Callable[[bool], bool] = lambda is_over: False,
-    on_pause: Callable[[EpochState], None] = lambda position: None,
-) -> EpochResult:
-    """Train `model` on `batches`, those from `begin` on; return the epoch's sums in training mode and its times.
+) -> None:
+    """Train `model` on one batch: forward, backward, then `update()`, which moves the weights; add it to `record`.
 
-    `update()` moves the weights. `set_lr(step)` is called before each step with its 1-based number within the epoch,
-    `on_step(step)` after it. The loss is looked at every few steps and at the end, in one small reduction. Raises
-    `Diverged` on all ranks together; nothing is saved in between. If any rank's `wants_pause(is_over)` says so at a
-    look, all ranks call `on_pause(position)`; `is_over` tells whether it is the one at the end.
+    Nothing waits for a GPU here.
     """
-    model.train()
-    meter = SumMeter(device, begin)
-    sync_points = SyncPoints(epoch, begin.step, device)
-    started = time.perf_counter() - begin.time_s
-    waited = begin.data_wait_s
-    iterator = iter(batches)
-    step = paused_at = begin.step
-
-    def pause() -> None:
-        nonlocal paused_at
-        own, paused_at = meter.own(), step
-        spent = time.perf_counter() - started
-        states = own_states(model, device)
-        on_pause(EpochState(step, own.loss_sum, own.num_correct, own.num_rows, spent, waited, states))
-
-    while True:
-        asked = time.perf_counter()
-        batch = next(iterator, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
-        images, labels = batch
-        step += 1
-        set_lr(step)
-        with autocast(precision, device):
-            logits = model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        model.zero_grad()
-        torch.autograd.backward(loss)
-        update()
-        with torch.no_grad():
-            plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
-            meter.add(plain * len(labels), logits, labels)
-            sync_points.note(loss, step)
-        on_step(step)
-        if sync_points.are_due(step) and sync_points.take(step, wants_pause(False)):
-            pause()
-    if sync_points.take(step, wants_pause(True)) and step != paused_at:
-        pause()
-    sums = meter.reduce()
-    return EpochResult(sums, time.perf_counter() - started, largest(waited, device))
+    images, labels = batch
+    with autocast(precision, images.device):
+        logits = model(images)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    update()
+    with torch.no_grad():
+        record.add(loss, logits, labels, label_smoothing)
 
 
 def classify(model: nn.Module, images: Tensor, *, precision: str, device: torch.device, tta: str) -> Tensor:

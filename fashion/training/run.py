@@ -84,8 +84,22 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: after a step, or after an epoch, which then has metrics."""
+
+    epoch: int
+    step: int
+    """Steps done of this epoch."""
+    is_sync_point: bool = False
+    """Whether every rank calls `TrainingRun.synchronise` now."""
+    seconds_without_sync: float = 0.0
+    """How long it will take at least to the next synchronisation point, if that is known."""
+    metrics: Metrics | None = None
+
+
 class TrainingRun:
-    """A run in progress: network, optimizer and history; `epochs()` advances it."""
+    """A run in progress: network, optimizer and history; the generator `train` advances it."""
 
     def __init__(self, config: TrainConfig, rows: Shards, rank: Rank, wrap: WrapModel) -> None:
         """Build the network from the seed alone, so that all ranks start equal.
@@ -106,7 +120,9 @@ class TrainingRun:
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, earlier lives of the run included."""
         self.positions: list[sync.EpochState] = []
-        """Those of all ranks while the run pauses within an epoch, and before it goes on from there; else none."""
+        """States of all ranks within an epoch, while a checkpoint is made there and before the run goes on from one."""
+        self._record: loop.EpochRecord | None = None
+        """That of the epoch in progress while the ranks are to synchronise."""
 
     @property
     def epochs_done(self) -> int:
@@ -127,7 +143,7 @@ class TrainingRun:
 
     @property
     def step(self) -> int:
-        """Steps done of the epoch within which the run pauses; 0 between epochs."""
+        """Steps done of the epoch within which a checkpoint is made; 0 between epochs."""
         return self.positions[0].step if self.positions else 0
 
     def encode(self) -> dict[str, bytes]:
@@ -175,77 +191,89 @@ class TrainingRun:
         if positions and not (len(steps) == 1 and 0 < min(steps) <= self.steps):
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its ranks are at steps {sorted(steps)}")
 
-    @staticmethod
-    def ignore_step(epoch: int, step: int) -> None:
-        """Do nothing: the observer of steps where nobody looks."""
+    def train(self) -> Iterator[Progress]:
+        """Train what remains, and yield after every step and after every epoch.
 
-    def epochs(
-        self,
-        on_step: Callable[[int, int], None] = ignore_step,
-        wants_pause: Callable[[float], bool] = lambda seconds: False,
-        on_pause: Callable[[], None] = lambda: None,
-    ) -> Iterator[Metrics]:
-        """Train what remains; after each epoch, yield its metrics, the same on all ranks but for the times.
-
-        When any rank's `wants_pause(seconds)` says so, all ranks call `on_pause()` within an epoch; what `encode`
-        returns there goes on from there. `seconds` are those for which there will be no other pause: the evaluation
-        on val, as long as it took the last time. Raises `loop.Diverged` on all ranks together.
+        After a step that is a synchronisation point every rank calls `synchronise` before it goes on. The metrics of an
+        epoch are the same on all ranks but for the times. Raises `sync.Diverged` on all ranks together.
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
-            metrics = self._train(epoch, on_step, wants_pause, on_pause)
+            record = self._start_epoch(epoch)
+            yield from self._train_steps(epoch, record)
+            metrics = self._train_metrics(epoch, record.result())
             sync.average_statistics(self.model)
             if self.rows.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
-            yield metrics
+            yield Progress(epoch, record.step, metrics=metrics)
+
+    def epochs(self) -> Iterator[Metrics]:
+        """Train what remains without saving within epochs; yield the metrics of each epoch."""
+        for progress in self.train():
+            if progress.is_sync_point:
+                self.synchronise(wants_save=False)
+            if progress.metrics is not None:
+                yield progress.metrics
+
+    def synchronise(self, wants_save: bool) -> bool:
+        """Return whether the run is to be saved now: whether any rank wants it to be. All ranks call this together.
+
+        If so, `encode` returns a checkpoint from which the run goes on within the epoch. Raises `sync.Diverged` on all
+        ranks if any saw a loss that is not finite: no checkpoint is made of what came of it.
+        """
+        assert self._record is not None, "the run is not at a synchronisation point"
+        record, self._record = self._record, None
+        if not record.synchronise(wants_save):
+            return False
+        self.positions = sync.gathered(record.state(self.wrapped))
+        return True
+
+    def _start_epoch(self, epoch: int) -> loop.EpochRecord:
+        """Return the record of an epoch at its start, or where the checkpoint was made that the run goes on from."""
+        start = sync.START
+        if self.positions:
+            start = sync.own_epoch_state(self.positions, self.rank.rank, self.rank.world_size)
+            self.positions = []
+            self.set_lr((epoch - 1) * self.steps + start.step - 1)  # which stands if no step is left
+        # Dropout draws from the global generator: keyed like the rest, and different on every rank.
+        torch.manual_seed(
+            stream_seed(self.config.seed, epoch, self.rank.rank, 2, *([start.step] if start.step else []))
+        )
+        if start.states:
+            sync.restore_own_states(start.states, self.model, self.rank.device)
+        return loop.EpochRecord(epoch, self.rank.device, start)
+
+    def _train_steps(self, epoch: int, record: loop.EpochRecord) -> Iterator[Progress]:
+        """Take the steps of an epoch that are left; the last one is a synchronisation point as well."""
+        config, done = self.config, (epoch - 1) * self.steps
+        self.wrapped.train()
+        # What was trained on is drawn again and passed over, so that the generators are where they were.
+        batches = itertools.islice(self.rows.train_batches(epoch), record.step, None)
+        for batch in record.timed(batches):
+            self.set_lr(done + record.step)
+            loop.train_step(
+                self.wrapped,
+                batch,
+                self.update,
+                record,
+                precision=self.precision,
+                label_smoothing=config.label_smoothing,
+            )
+            if config.ema_decay:
+                update_ema(self.evaluated, self.model, config.ema_decay, done + record.step)
+            is_last = record.step == self.steps
+            if is_last or record.is_sync_point():
+                self._record = record
+            # After the last step the evaluation follows, within which nothing can be saved: as long as it took before.
+            yield Progress(epoch, record.step, self._record is not None, self._val_time_s() if is_last else 0.0)
+            assert self._record is None, "every rank calls `synchronise` at a synchronisation point"
+            self.positions = []
 
     def _val_time_s(self) -> float:
         return float(self.history[-1].get("val_time_s", 0.0)) if self.history else 0.0
 
-    def _train(
-        self,
-        epoch: int,
-        on_step: Callable[[int, int], None],
-        wants_pause: Callable[[float], bool],
-        on_pause: Callable[[], None],
-    ) -> Metrics:
-        config, device = self.config, self.rank.device
-        begin = sync.EpochState()
-        if self.positions:
-            begin = sync.own_epoch_state(self.positions, self.rank.rank, self.rank.world_size)
-            self.positions = []
-            self.set_lr((epoch - 1) * self.steps + begin.step - 1)  # which stands if no step is left
-        # Dropout draws from the global generator: keyed like the rest, and different on every rank.
-        torch.manual_seed(stream_seed(config.seed, epoch, self.rank.rank, 2, *([begin.step] if begin.step else [])))
-        if begin.states:
-            sync.restore_own_states(begin.states, self.model, device)
-
-        def after_step(step: int) -> None:
-            if config.ema_decay:
-                update_ema(self.evaluated, self.model, config.ema_decay, (epoch - 1) * self.steps + step)
-            on_step(epoch, step)
-
-        def pause(position: sync.EpochState) -> None:
-            self.positions = sync.gathered(position)
-            on_pause()
-            self.positions = []
-
-        trained = loop.train_one_epoch(
-            self.wrapped,
-            # What was trained on is drawn again and passed over, so that the generators are where they were.
-            itertools.islice(self.rows.train_batches(epoch), begin.step, None),
-            self.update,
-            epoch=epoch,
-            set_lr=lambda step: self.set_lr((epoch - 1) * self.steps + step - 1),
-            precision=self.precision,
-            label_smoothing=config.label_smoothing,
-            device=device,
-            on_step=after_step,
-            begin=begin,
-            wants_pause=lambda is_over: wants_pause(self._val_time_s() if is_over else 0.0),
-            on_pause=pause,
-        )
-        expected = self.steps * config.global_batch_size
+    def _train_metrics(self, epoch: int, trained: loop.EpochResult) -> Metrics:
+        expected = self.steps * self.config.global_batch_size
         assert trained.sums.num_rows == expected, (trained.sums.num_rows, expected)
         return {
             "epoch": epoch,

@@ -97,7 +97,7 @@ def test_a_worker_that_stops_is_noticed_and_replaced(storage: Storage, unbroken:
     assert driver.process.returncode == 0, said
     assert "goes on from checkpoint epoch-" in said
     left = [storage.read_bytes("runs", "stopped", "stacks", name) for name in storage.list("runs", "stopped", "stacks")]
-    assert any(b"train_one_epoch" in stacks for stacks in left), left
+    assert any(b"train_step" in stacks for stacks in left), left
     assert_unharmed(storage, "stopped", unbroken("fp32"))
 
 

@@ -53,18 +53,16 @@ def rows() -> Batch:
     return images, torch.randint(0, 10, (103,), generator=generator)
 
 
-def train(model: nn.Module, batches: list[Batch], lr: float = 0.01) -> loop.EpochResult:
+def train(model: nn.Module, batches: list[Batch], lr: float = 0.01, label_smoothing: float = 0.0) -> loop.EpochResult:
+    """Train one epoch as a run does."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return loop.train_one_epoch(
-        model,
-        batches,
-        optimizer.step,
-        epoch=1,
-        set_lr=lambda step: None,
-        precision="fp32",
-        label_smoothing=0.0,
-        device=CPU,
-    )
+    record = loop.EpochRecord(1, CPU)
+    for batch in record.timed(batches):
+        loop.train_step(model, batch, optimizer.step, record, precision="fp32", label_smoothing=label_smoothing)
+        if record.is_sync_point():
+            record.synchronise(wants_save=False)
+    record.synchronise(wants_save=False)
+    return record.result()
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 50, 103, 500])
@@ -122,18 +120,7 @@ def test_label_smoothing_changes_the_step_and_not_the_reported_loss(rows: Batch)
     plain, smooth = Tiny(), Tiny()
     told = []
     for model, smoothing in ((plain, 0.0), (smooth, 0.2)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        result = loop.train_one_epoch(
-            model,
-            batch,
-            optimizer.step,
-            epoch=1,
-            set_lr=lambda step: None,
-            precision="fp32",
-            label_smoothing=smoothing,
-            device=CPU,
-        )
-        told.append(result.sums.loss)
+        told.append(train(model, batch, lr=0.1, label_smoothing=smoothing).sums.loss)
     assert told[0] == told[1]
     assert not torch.equal(plain.fc.weight, smooth.fc.weight)
 
@@ -177,7 +164,7 @@ def same(one: list, two: list) -> bool:
 def test_looks_at_slow_steps_come_sooner(monkeypatch: pytest.MonkeyPatch, step_s: float, steps: int) -> None:
     """A run is saved at a look, so that one that may lose two seconds must not wait seven for the next."""
     now = [0.0]
-    monkeypatch.setattr("fashion.training.loop.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fashion.training.sync.time.perf_counter", lambda: now[0])
     sync_points = sync.SyncPoints(1, 40, torch.device("cpu"))
     due = []
     for step in range(41, 62):

@@ -47,6 +47,15 @@ def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -
     return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
 
 
+def train_and_save(run: fit.TrainingRun, save: Callable[[], object]) -> None:
+    """Train what remains, and call `save` at every synchronisation point and after every epoch."""
+    for progress in run.train():
+        if progress.is_sync_point:
+            assert run.synchronise(wants_save=True)
+        if progress.is_sync_point or progress.metrics is not None:
+            save()
+
+
 def without_times(history: list[Metrics]) -> list[Metrics]:
     return [{key: value for key, value in metrics.items() if not key.endswith("_s")} for metrics in history]
 
@@ -80,12 +89,11 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(
     def save() -> None:
         saved[whole.epochs_done, whole.step] = whole.encode()
 
-    for _ in whole.epochs(wants_pause=lambda seconds: True, on_pause=save):
-        save()
+    train_and_save(whole, save)
     history = whole.history
     steps = [[step for epochs_done, step in saved if epochs_done == epoch and step] for epoch in (0, 1)]
     for each in steps:
-        assert (each[0], each[-1]) == (1, 12), "looks after the first step and after the last"
+        assert (each[0], each[-1]) == (1, 12), "synchronised after the first step and after the last"
         assert max(late - early for early, late in itertools.pairwise(each)) <= sync.MAX_STEPS_BETWEEN_SYNCS["cpu"]
     places = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
     for place in [*places, (1, 0), (2, 0)]:
@@ -143,8 +151,14 @@ def test_an_average_moves_after_every_step_needs_no_val_and_leaves_training_as_i
         share = min(0.5, (1 + number) / (10 + number))  # 0.5 from step 8 on
         expected.mul_(share).add_(averaged.model.fc3.weight.detach(), alpha=1 - share)
 
-    for run, on_step in ((averaged, follow), (plain, plain.ignore_step)):
-        assert [set(metrics) & {"val_loss", "val_accuracy"} for metrics in run.epochs(on_step)] == [set(), set()]
+    for progress in averaged.train():
+        if progress.metrics is None:
+            follow(progress.epoch, progress.step)
+        if progress.is_sync_point:
+            averaged.synchronise(wants_save=False)
+    plain_history = list(plain.epochs())
+    for history in (averaged.history, plain_history):
+        assert [set(metrics) & {"val_loss", "val_accuracy"} for metrics in history] == [set(), set()]
     assert torch.allclose(averaged.evaluated.fc3.weight, expected, atol=1e-7)
     assert not torch.allclose(averaged.evaluated.fc3.weight, averaged.model.fc3.weight, atol=1e-5)
     state = plain.model.state_dict()
@@ -180,7 +194,8 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: P
         if rank == 0 and whole.step == 1:
             torch.save(whole.encode(), saved)
 
-    histories = [list(whole.epochs(wants_pause=lambda seconds: True, on_pause=save))]
+    train_and_save(whole, save)
+    histories = [whole.history]
     dist.barrier()
     again.restore(torch.load(saved).__getitem__)
     assert again.step == 1
@@ -221,8 +236,7 @@ def test_a_progress_that_is_not_of_this_run_is_refused_and_changes_nothing(one_t
     config = TrainConfig(preset="smoke", epochs=2, global_batch_size=8, precision="fp32")
     run = run_of(config, 160)
     saved: list[dict[str, bytes]] = []
-    for _ in run.epochs(wants_pause=lambda seconds: run.epochs_done == 1, on_pause=lambda: saved.append(run.encode())):
-        pass
+    train_and_save(run, lambda: saved.append(run.encode()) if run.step and run.epochs_done == 1 else None)
     other = run_of(config, 160)
     before = {name: value.clone() for name, value in other.model.state_dict().items()}
     for case, spoil in HOSTILE.items():
