@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import drivers
 
 ROOT = Path(__file__).resolve().parent.parent
+# Ray lowers the priority of its workers by 15; beside other lanes, those of a test would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
