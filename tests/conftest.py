@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import drivers
 
 ROOT = Path(__file__).resolve().parent.parent
+# Ray lowers the priority of its workers by 15; beside other lanes, those of a test would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
@@ -51,9 +53,9 @@ def lane_of(item: pytest.Item) -> str:
     return next((lane for mark, lane in kinds.items() if mark in marks), "")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the quick tests, give the others their lanes, and put the longest lanes first."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark the quick tests, give the others their lanes, the longest first, before xdist reads the marks."""
     for item in items:
         if not any(item.get_closest_marker(name) for name in SLOW):
             item.add_marker("quick")
@@ -61,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(lane))
     order = {lane: number for number, lane in enumerate(LANES)}
     items.sort(key=lambda item: order.get(lane_of(item), len(order)))
+    return (yield)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -34,6 +34,7 @@ STORE_BYTES = 200_000_000
 START_TIMEOUT_S = 90.0
 # A host that died is found out in some seconds, where Ray's own settings take a quarter of a minute and more.
 QUICK_HEALTH_CHECKS = {
+    "RAY_worker_niceness": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",

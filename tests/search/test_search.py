@@ -37,9 +37,9 @@ pytestmark = pytest.mark.ray
 
 ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
 BASE = TrainConfig(preset="smoke", max_train_rows=448, global_batch_size=32, precision="fp32")
-# What no run takes, what crashes, what diverges; then a good trial, a poor one, and three that are drawn. After one epoch
-# the good one has an accuracy above 0.5 and the poor one that of chance, in fp32 and in bf16: no decision hangs on
-# rounding.
+# What no run takes, what crashes, what diverges; then a good trial, a poor one, and three that are drawn. After one
+# epoch the accuracy of the good one is above 0.5 and that of the poor one 0.1, in fp32 and in bf16: no decision hangs
+# on rounding.
 PLANTED = (
     '{"lr": NaN}',
     '{"padding": "none"}',
@@ -277,21 +277,19 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
+    flags += ["--precision", "fp32", "--max-train-rows", "448", "--global-batch-size", "32", "--max-epochs", "3"]
     flags += [
-        "--precision",
-        "fp32",
-        "--max-train-rows",
-        "448",
-        "--global-batch-size",
-        "32",
         "--num-samples",
         "8",
-        "--max-epochs",
-        "3",
+        "--max-concurrent",
+        "1",
+        "--checkpoint-every-s",
+        "0",
+        "--padding",
+        "zeros",
+        "partial",
     ]
-    flags += ["--padding", "zeros", "partial", "--max-concurrent", "1", "--checkpoint-every-s", "0", "--first"] + list(
-        first
-    )
+    flags += ["--first", *first]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *flags],
         cwd=ROOT,
