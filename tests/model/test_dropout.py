@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fashion.model.dropout import LEVELS, Dropout, keep_bits
+from fashion.model.dropout import LEVELS, Dropout, draw_mask
 
 COUNT = 1 << 20
 
@@ -14,7 +14,7 @@ COUNT = 1 << 20
 def drawn(p: float) -> Tensor:
     """Return a mask of `COUNT` elements as 0 and 1."""
     torch.manual_seed(1)
-    return keep_bits(torch.empty(COUNT), LEVELS - round(p * LEVELS)).double().neg()
+    return draw_mask(torch.empty(COUNT), LEVELS - round(p * LEVELS)).double().neg()
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.25, 0.5, 0.9])
@@ -37,7 +37,7 @@ def test_counts_per_image_are_spread_as_torchs_are() -> None:
     p = 0.4
     expected = 256 * p * (1 - p)
     torch.manual_seed(2)
-    ours = keep_bits(torch.empty(4096, 256), LEVELS - round(p * LEVELS)).neg().sum(1).double().var().item()
+    ours = draw_mask(torch.empty(4096, 256), LEVELS - round(p * LEVELS)).neg().sum(1).double().var().item()
     torchs = (torch.nn.functional.dropout(torch.ones(4096, 256), p) > 0).sum(1).double().var().item()
     for variance in (ours, torchs):
         assert abs(variance / expected - 1) < 5 * math.sqrt(2 / 4096)

@@ -74,12 +74,12 @@ def test_without_bias() -> None:
 
 def test_any_order_in_memory_gives_the_same_and_the_next_layer_needs_no_copy() -> None:
     x, weight = torch.randn(4, 8, 14, 14), torch.randn(6, 8, 3, 3, requires_grad=True)
-    pixels_first = x.permute(winograd.TO_PIXELS).contiguous().permute(winograd.TO_PIXELS)
+    pixels_first = x.permute(winograd.PIXELS_FIRST).contiguous().permute(winograd.PIXELS_FIRST)
     orders = [x, x.contiguous(memory_format=torch.channels_last), pixels_first]
     first, *others = [winograd.convolve(each, weight, None, "zeros") for each in orders]
     assert all(torch.equal(first, other) for other in others)
-    assert first.permute(winograd.TO_PIXELS).is_contiguous()
-    assert F.relu(first).permute(winograd.TO_PIXELS).is_contiguous()
+    assert first.permute(winograd.PIXELS_FIRST).is_contiguous()
+    assert F.relu(first).permute(winograd.PIXELS_FIRST).is_contiguous()
 
 
 def test_pooling_is_that_of_torch_in_the_order_that_it_was_given() -> None:
@@ -88,7 +88,7 @@ def test_pooling_is_that_of_torch_in_the_order_that_it_was_given() -> None:
     back = torch.randn(3, 5, 7, 7)
     expected = F.max_pool2d(plain, 2)
     expected.backward(back)
-    for order in (winograd.TO_PIXELS, (0, 1, 2, 3)):
+    for order in (winograd.PIXELS_FIRST, (0, 1, 2, 3)):
         inverse = [order.index(axis) for axis in range(4)]
         x = plain.detach().permute(order).contiguous().permute(inverse).requires_grad_()
         pooled = winograd.max_pool(x)
