@@ -21,7 +21,7 @@ RUNS, EPOCHS = 8, 60
 # What a run's driver writes: an `epochs` table that grows, its row again and again, and a table at the end.
 WRITE = """
 import sys, time
-from fashion.reports import tables as report
+from fashion.reports import tables
 from fashion.training.metrics import epoch_rows
 from fashion.storage import open_storage
 
@@ -32,10 +32,10 @@ for epoch in range(1, epochs + 1):
     for split in ("train", "val"):
         metrics |= {f"{split}_loss": 1 / epoch, f"{split}_accuracy": 0.5, f"{split}_rows": 100}
     rows += epoch_rows(metrics)
-    report.write_table(storage, "epochs", run_id, rows)
-    report.write_table(storage, "runs", run_id, [{"status": "running", "epochs_done": epoch}])
+    tables.write_table(storage, "epochs", run_id, rows)
+    tables.write_table(storage, "runs", run_id, [{"status": "running", "epochs_done": epoch}])
     time.sleep(0.1)
-report.write_table(storage, "runs", run_id, [{"status": "completed", "epochs_done": epochs}])
+tables.write_table(storage, "runs", run_id, [{"status": "completed", "epochs_done": epochs}])
 """
 
 
