@@ -10,7 +10,7 @@ from fashion.config import ScaleConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.evaluate` takes."""
+    """Flags of `jobs.evaluate`."""
 
     run_id: str
     """Name of the run."""

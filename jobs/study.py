@@ -12,7 +12,7 @@ from fashion.config import FaultConfig, ScaleConfig, require
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.study` takes."""
+    """Flags of `jobs.study`."""
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that every node sees; holds data, runs and reports."""
