@@ -138,7 +138,7 @@ def startup_vs_bare_trainer(storage: Storage, scale: ScaleConfig, repeats: int) 
 
     whole = row("h_startup", [each["step"] for each in job], [each["loop"] + ALLOWED_S for each in bare], 1.0)
     phases = (
-        ("h_import", "begun", "imported"),
+        ("h_import", "started", "imported"),
         ("h_connect", "imported", "connected"),
         ("h_loop", "connected", "loop"),
     )
@@ -176,14 +176,14 @@ def has_gpus(scale: ScaleConfig) -> bool:
 
 
 def run_and_read_moments(kind: str, file: Path, arguments: list[str], variables: dict[str, str]) -> dict[str, float]:
-    """Run `fashion.bench.startup`, which records moments in `file`; return them in seconds since `begun`, the command.
+    """Run `fashion.bench.startup`, which records moments in `file`; return them in seconds since the command.
 
-    `variables` are added to the environment.
+    The moment `started`, 0, is that of the command. `variables` are added to the environment.
     """
     environment = {key: value for key, value in os.environ.items() if key not in RAY_ENVIRONMENT} | variables
-    begun = time.time()
+    started = time.time()
     run_and_read([sys.executable, "-m", "fashion.bench.startup", kind, str(file), *arguments], environment)
-    return {"begun": 0.0} | {name: at - begun for name, at in startup.read_moments(file.read_text()).items()}
+    return {"started": 0.0} | {name: at - started for name, at in startup.read_moments(file.read_text()).items()}
 
 
 @contextmanager
@@ -214,9 +214,9 @@ def time_to_accuracy(storage: Storage, scale: ScaleConfig, repeats: int) -> list
     """
     require_folder(storage, "j")
     with scratch(storage) as folder:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         run_and_read([sys.executable, "-m", "jobs.train", *job_flags(folder, scale, "timed")], dict(os.environ))
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         accuracy = runs.load_run(open_storage(folder), "timed")["test_accuracy"]
     print(f"j: the job took {seconds:.0f} s to test accuracy {accuracy:.4f}")
     ours = inverse([seconds])[0] if accuracy >= PUBLISHED_ACCURACY else 0.0
@@ -230,9 +230,9 @@ def time_to_accuracy(storage: Storage, scale: ScaleConfig, repeats: int) -> list
 def time_keras(storage: Storage, max_seconds: float) -> float:
     """Return the seconds that the Keras script takes until it ends; print the accuracy that it reached."""
     until = ("--until", str(PUBLISHED_ACCURACY), "--max-seconds", str(max_seconds))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     lines = run_and_read(keras_command(storage.uri, 128, *until), environment_without_ray(**KERAS_ENVIRONMENT))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     reached = [float(line.removeprefix(ACCURACY)) for line in lines if line.startswith(ACCURACY)]
     print(f"j: Keras took {seconds:.0f} s and {len(reached)} epochs to test accuracy {reached[-1]:.4f}")
     return seconds

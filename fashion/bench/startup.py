@@ -1,4 +1,4 @@
-"""The process that row h of `jobs.bench` starts anew for each repeat: the job, or Ray's own trainer with an empty loop.
+"""The process that row h of `jobs.bench` starts for each repeat: the job, or Ray's own trainer with an empty loop.
 
     python -m fashion.bench.startup job FILE FLAGS-OF-JOBS.TRAIN
     python -m fashion.bench.startup bare FILE NUM_WORKERS CPUS_PER_WORKER USE_GPU FOLDER
