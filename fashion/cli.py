@@ -1,6 +1,6 @@
-"""The command line: flags from dataclasses, users' mistakes as one line, exit codes 0, 1 and 2.
+"""The command line: makes flags from dataclasses, reports a user's mistake as one line, and sets the exit code.
 
-Imports neither Ray nor torch, so that `--help` answers at once.
+Imports neither Ray nor torch, so that `--help` prints at once.
 """
 
 import argparse
@@ -21,65 +21,67 @@ from fashion.config import UserError
 
 T = TypeVar("T")
 
-# A disk that is full, read-only or gone by now, a store that no longer answers (pyarrow gives that no number): no
-# mistake of the command, and no fault of the program.
+# Error numbers of a disk that is full, read-only or gone, and None, which pyarrow raises when an object store no longer
+# answers. Neither the command nor the program is at fault.
 STORAGE_ERRORS = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
-RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
+HORIZONTAL_RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
 DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
 
 
 def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `kind`; nested dataclasses share one flat set of flags.
 
-    A wrong or missing flag becomes a `UserError` of one line; `--help` prints and exits with 0.
+    A wrong or missing flag raises a `UserError` of one line; `--help` prints and exits with 0.
     """
-    refuse_repeated(argv)
-    complaint = io.StringIO()
+    refuse_repeated_flags(argv)
+    errors = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     flat = (tyro.conf.OmitArgPrefixes,)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(errors):
             parsed: T = tyro.cli(kind, args=list(argv), prog=prog, description=description, config=flat, **options)
             return parsed
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise UserError(f"{one_line(complaint.getvalue())}; see {prog} --help") from None
+        raise UserError(f"{unframe(errors.getvalue())}; see {prog} --help") from None
 
 
-def refuse_repeated(argv: Sequence[str]) -> None:
-    """Raise `UserError` if a flag is given twice: the parser would take the last one without a word."""
+def refuse_repeated_flags(argv: Sequence[str]) -> None:
+    """Raise `UserError` if a flag is given twice; the parser would silently use the last one."""
     names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
     for name, times in Counter(names).items():
         if times > 1:
             raise UserError(f"{name} is given {times} times; give it once, several values after it where it takes them")
 
 
-def one_line(box: str) -> str:
-    """Fold tyro's framed message into one line: the message, and the flag that was perhaps meant.
+def unframe(box: str) -> str:
+    """Return tyro's framed error as one line: the message, and the flag that was perhaps meant.
 
-    The title comes first, and rules part what follows; where the terminal is not known to take UTF-8, the frame and
-    the rules are of blanks and '-'.
+    The first line of `box` is a title, and horizontal rules separate the sections below. On a terminal that does not
+    take UTF-8, the frame and the rules consist of blanks and '-'.
     """
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    parts = [" ".join(part) for is_rule, part in itertools.groupby(lines, RULE.fullmatch) if not is_rule]
-    # What is named there is a flag, which helps, or a class of ours, which does not.
+    parts = [" ".join(part) for is_rule, part in itertools.groupby(lines, HORIZONTAL_RULE.fullmatch) if not is_rule]
+    # "Error parsing" is followed by a flag, which helps the user, or by one of our classes, which does not.
     message = re.sub(r"^Error parsing (?:(?!--)[^:]*: )?", "", " ".join(parts[0].split()))
     meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(parts))
     return message + (f" (perhaps {meant.group(1)})" if meant else "")
 
 
 def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
-    """Return the values of a few flags before the real parse, which depends on them; `--x` without a value is ''."""
+    """Return the values of a few flags, on which the real parse depends; a flag without a value is '', a missing one
+    None.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name, nargs="?", const="")
-    known, _ = parser.parse_known_args([spelt(word) for word in argv])
+    known, _ = parser.parse_known_args([with_dashes(word) for word in argv])
     return {name: getattr(known, name.lstrip("-").replace("-", "_")) for name in names}
 
 
-def spelt(word: str) -> str:
-    """Return a flag with '-' for each '_' of its name, as the real parse takes both; its value stays as it is."""
+def with_dashes(word: str) -> str:
+    """Return a flag with '-' for each '_' in its name; its value stays. The real parse takes both spellings."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -87,8 +89,8 @@ def spelt(word: str) -> str:
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 the user's mistake (one line), 1 anything else."""
-    # A thread that still speaks to Ray while an interrupted command ends would start another cluster.
+    """Call `main` and exit: with 0 if it returns, 2 after a user's mistake (one line), 1 after anything else."""
+    # When a command is interrupted, a thread that still calls Ray would make Ray start another cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -101,7 +103,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
-        said = " ".join(str(error).split())
-        print(f"error: {said}; make it answer, make room there or give access, then use --resume", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"error: {message}; make it answer, make room there or give access, then use --resume", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

@@ -1,7 +1,7 @@
-"""Settings of a run: frozen, validated dataclasses and the presets. Knows the standard library only.
+"""Settings of a run: frozen, validated dataclasses, and the presets. Imports the standard library only.
 
 A field's docstring gives its meaning, unit and range; the command line shows it as the flag's help.
-Users' mistakes raise `UserError` with the value, the limit and the way out.
+A user's mistake raises `UserError`, which names the value, the limit and the way out.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
 
-# What Ray is started with. It runs training in a thread, and glibc keeps the heaps of threads small: it hands freed
-# activations back to the kernel and faults them in again, 5 % of a step's time, unless all threads share one heap.
+# Environment variables that Ray is started with. Ray Train runs the training loop in a thread. glibc keeps the heaps of
+# threads small, so freed activations go back to the kernel and are faulted in again, which takes 5 % of a step's time,
+# unless all threads share one heap.
 RAY_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 NUM_CLASSES = 10
@@ -39,22 +40,24 @@ Padding = Literal["zeros", "replicate", "reflect", "partial", "learned"]
 Depth = Literal["vgg", "deep", "deep-bn"]
 Precision = Literal["auto", "fp32", "bf16"]
 
+PRESET_NAMES = ("default", "best", "best-deep", "seed", "smoke")
 
 LONGEST_MESSAGE = 2000
+"""Characters of a `UserError` above which its middle is left out."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line with the value, the limit and the way out; exit code 2."""
+    """A user's mistake. The message is one line with the value, the limit and the way out; the exit code is 2."""
 
     def __init__(self, message: str) -> None:
-        """Keep `message` one line that a terminal can show, whatever is in the values that it quotes."""
+        """Escape and shorten `message`, which may quote any value, to one line that a terminal can show."""
         line = printable(message)
         half = LONGEST_MESSAGE // 2
         super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 
 
 def printable(text: str) -> str:
-    """Return `text` as one line that a terminal can show: every other sign as its escape sequence."""
+    """Return `text` as one line that a terminal can show: every unprintable character as its escape sequence."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -65,7 +68,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Parse a JSON object; raises `ValueError` if it is none, or nested so deeply that it cannot be read."""
+    """Parse a JSON object; raises `ValueError` if `text` is something else, or nested too deeply to be parsed."""
     try:
         values: Any = json.loads(text)
     except RecursionError:
@@ -76,49 +79,49 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def build(kind: type[T], values: Any) -> T:
-    """Make the dataclass `kind` of plain values, as JSON gives them.
+    """Make an instance of the dataclass `kind` from plain values, as JSON gives them.
 
-    Raises `UserError` naming an unknown or a missing field, or one whose value is of another type.
+    Raises `UserError` if a field is unknown or missing, or its value has another type.
     """
     require(isinstance(values, dict), f"settings {reprlib.repr(values)} must be a JSON object")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     unknown = sorted(set(values) - set(fields))
     require(not unknown, f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
-    lacking = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
-    require(not lacking, f"setting {', '.join(lacking)} is missing")
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    require(not missing, f"setting {', '.join(missing)} is missing")
     for name, value in values.items():
-        wanted: Any = fields[name].type
-        if not fits(value, wanted):
-            told = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
-            raise UserError(f"{flag(name)} {reprlib.repr(value)} must be of type {told}")
+        expected: Any = fields[name].type
+        if not has_type(value, expected):
+            type_name = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+            raise UserError(f"{flag(name)} {reprlib.repr(value)} must be of type {type_name}")
     return kind(**values)
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value is of the annotated type `kind`. A whole number does for a float, a bool for none.
+def has_type(value: Any, annotation: Any) -> bool:
+    """Tell whether a plain value is of the annotated type. An int passes as a float; a bool is neither.
 
-    Whole numbers end at 64 bits: JSON knows longer ones, which are no float and fit no column.
+    An int must fit 64 bits: JSON allows longer ones, which no float and no column can hold.
     """
-    origin, kinds = get_origin(kind), get_args(kind)
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return isinstance(value, str) and value in kinds
+        return isinstance(value, str) and value in args
     if origin is UnionType:
-        return any(fits(value, each) for each in kinds)
+        return any(has_type(value, each) for each in args)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, kinds[0]) and fits(v, kinds[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(has_type(k, args[0]) and has_type(v, args[1]) for k, v in value.items())
     if origin is list:
-        return isinstance(value, list) and all(fits(each, kinds[0]) for each in value)
+        return isinstance(value, list) and all(has_type(each, args[0]) for each in value)
     if origin is tuple:
-        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+        args = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(has_type, value, args))
     if isinstance(value, int) and not isinstance(value, bool):
-        return kind in (int, float) and abs(value) < 2**63
-    return type(value) is kind
+        return annotation in (int, float) and abs(value) < 2**63
+    return type(value) is annotation
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that determines the numbers of a run, apart from the shape of the worker group."""
+    """The hyperparameters: all settings that a run's results depend on, apart from the shape of the worker group."""
 
     preset: str = "default"
     """Named recipe that the other fields start from: default, best, best-deep, seed or smoke."""
@@ -129,47 +132,49 @@ class TrainConfig:
     lr: float = 1.5e-3
     """Peak learning rate, > 0."""
     schedule: Literal["constant", "one-cycle"] = "one-cycle"
-    """How the learning rate moves within the run; one-cycle warms up, then falls along a cosine to 0."""
+    """How the learning rate moves within the run; one-cycle warms up, then decays along a cosine to 0."""
     warmup_fraction: float = 0.2
-    """Share of the steps that a one-cycle schedule warms up for, in [0, 1)."""
+    """Share of the steps that the one-cycle schedule spends warming up, in [0, 1)."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "muon"
-    """Update rule; sgd with Nesterov momentum, adamw decouples the decay, muon orthogonalises convolutions' steps."""
+    """Update rule; sgd has Nesterov momentum, adamw decouples the decay, muon orthogonalises the updates of
+    convolutions."""
     init: Literal["torch", "glorot", "he"] = "he"
     """Initial weights: torch's own, Glorot uniform (what Keras does), or He normal with a small last layer."""
     weight_decay: float = 0.01
     """Decay per unit of learning rate (adamw) or L2 penalty (sgd, adam), >= 0."""
     label_smoothing: float = 0.05
-    """Share of the target spread evenly over the classes, in [0, 1). Reported losses are without it."""
+    """Share of the target spread evenly over the classes, in [0, 1). Reported losses do not include it."""
     dropout_conv: float = 0.0
     """Dropout rate of the convolution blocks, in [0, 1)."""
     dropout_fc: float = 0.0
     """Dropout rate of the linear layers, in [0, 1)."""
     padding: Padding = "zeros"
-    """What the convolutions see beyond the border; partial rescales by the share of valid taps, learned by two factors
-    that each convolution trains, one for edges and one for corners."""
+    """What the convolutions see beyond the border. partial rescales outputs there by the share of valid taps; learned
+    multiplies them by two trained factors per convolution, one for edges and one for corners."""
     depth: Depth = "vgg"
-    """Network: vgg is the published one; deep has a convolution more per block, deep-bn batch normalisation as well."""
+    """Network: vgg is the published one; deep has one more convolution per block; deep-bn adds batch normalisation."""
     flip: Literal["none", "random", "alternating"] = "random"
-    """Horizontal flips: none, a coin per image and epoch, or a coin per image that turns every epoch."""
+    """Horizontal flips: none; random draws for each image and epoch; alternating draws once for each image, then flips
+    it in every other epoch."""
     shift: int = 0
     """Largest random shift in pixels along each axis, 0 to 8; 0 turns it off."""
     erase: float = 0.0
-    """Share of training images, in [0, 1), that get a rectangle of 2 to 40 % of their area erased; 0 turns it off."""
+    """Share of training images, in [0, 1), in which a rectangle of 2 to 40 % of the area is erased; 0 turns it off."""
     ema_decay: float = 0.0
-    """Share of the weights' moving average that stays in each step, in [0, 1), less in the first steps; val, the choice
-    of the checkpoint, and test see the average. 0 turns it off, and the weights themselves are seen."""
+    """Decay of the weights' exponential moving average per step, in [0, 1), lower in the first steps. val, the choice
+    of the checkpoint, and test use the average; 0 turns it off, and they use the weights themselves."""
     tta: Literal["none", "flip"] = "none"
-    """What evaluation averages: none takes an image as it is, flip the logits of an image and of its mirror image."""
+    """Test-time augmentation: flip averages the logits of an image and of its mirror image; none averages nothing."""
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward pass; auto takes bf16 where the hardware has it natively."""
+    """Arithmetic of the forward and backward pass; auto uses bf16 where the hardware has it natively."""
     data_mode: Literal["resident", "streaming"] = "resident"
-    """Where training rows live: resident on the worker's device, or streamed from Ray Data in every epoch."""
+    """Where training rows are: resident on the worker's device, or streamed from Ray Data in every epoch."""
     max_train_rows: int = 0
-    """Train on this many rows only, a seeded random subset; 0 takes all."""
+    """Train on a random subset of this many rows, drawn with the seed; 0 takes all."""
     hold_out_val: bool = True
-    """Keep val out of training; without it all 60,000 rows are trained on, and the last epoch is the chosen one."""
+    """Keep val out of training; otherwise the run trains on all 60,000 rows, and the last epoch is the chosen one."""
     stop_after: int = 0
-    """Stop after this many epochs, the schedule still laid out over --epochs; 0 goes on to the end."""
+    """Stop after this many epochs, while the schedule still spans --epochs; 0 trains to the end."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout, 0 to 2**31 - 1."""
 
@@ -202,20 +207,23 @@ class TrainConfig:
 
     @property
     def last_epoch(self) -> int:
-        """Number of the epoch that ends the run."""
+        """Number of the run's last epoch."""
         return self.stop_after or self.epochs
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, as reports and workers carry them."""
+        """Return the fields as plain values, the form in which reports store them and workers receive them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values; raises `UserError` naming what is unknown, or of another type."""
+        """Build from plain values; raises `UserError` naming a field that is unknown, or of another type."""
         return build(cls, values)
 
     def steps_per_epoch(self, num_train_rows: int) -> int:
-        """Return full global batches in `num_train_rows`; the remainder sits out, other rows in every epoch."""
+        """Return the number of full global batches in `num_train_rows`.
+
+        The remaining rows sit out; they are others in every epoch. Raises `UserError` if not one batch is full.
+        """
         steps = num_train_rows // self.global_batch_size
         require(
             steps >= 1,
@@ -227,14 +235,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleConfig:
-    """Shape of the worker group: it decides the speed; with another shape, sums round differently."""
+    """Shape of the worker group. It determines the speed; with another shape, only rounding errors differ."""
 
     num_workers: str = "2"
-    """Worker processes: a number, or MIN:MAX to go on with fewer when some are lost."""
+    """Worker processes: a number, or MIN:MAX to continue with fewer when some are lost."""
     cpus_per_worker: float = 1.0
-    """CPUs reserved for each worker, > 0; the worker runs that many threads (at least one)."""
+    """CPUs reserved for each worker, > 0; the worker computes with that many threads, at least one."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """One GPU per worker; auto takes GPUs if the cluster has one for every worker."""
+    """One GPU per worker; auto uses GPUs if the cluster has one for every worker."""
 
     def __post_init__(self) -> None:
         match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.num_workers)
@@ -252,7 +260,7 @@ class ScaleConfig:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers; equal when the number is fixed."""
+        """Smallest and largest number of workers; equal when the number is fixed."""
         low, _, high = self.num_workers.partition(":")
         return int(low), int(high or low)
 
@@ -275,14 +283,14 @@ class ScaleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultConfig:
-    """What a run does about faults: it decides how much work one costs, and nothing of the numbers."""
+    """How a run handles faults. The settings determine how much work a fault costs, and do not affect the results."""
 
     checkpoint_every_s: float = 120.0
-    """Seconds of work that a fault may cost, >= 0: checkpoints within an epoch are so far apart at most."""
+    """Seconds of work that a fault may cost, >= 0: the longest time between two checkpoints within an epoch."""
     max_failures: int = 3
-    """Times that workers which died, failed or hung are started anew from the latest checkpoint, >= 0; -1 for ever."""
+    """How often workers that died, failed or hung are restarted from the latest checkpoint, >= 0; -1 sets no limit."""
     hang_timeout_s: float = 600.0
-    """Seconds without a step after which a worker is ended, its stacks written down, >= 1; 0 never."""
+    """Seconds without a step after which a worker's stacks are saved and the worker is killed, >= 1; 0 means never."""
 
     def __post_init__(self) -> None:
         require(
@@ -307,7 +315,10 @@ def unknown_preset(name: str) -> str:
 
 
 def check_run_id(run_id: str, name: str = "--run-id") -> None:
-    """Raise `UserError` unless `run_id`, the value of the flag `name`, is a safe folder name and reads as no number."""
+    """Raise `UserError` unless `run_id`, the value of the flag `name`, is a safe folder name that starts with a letter.
+
+    Without the letter, readers of the reports would take ids such as 001 for numbers.
+    """
     require(
         RUN_ID_PATTERN.fullmatch(run_id) is not None,
         f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100)",
@@ -317,15 +328,17 @@ def check_run_id(run_id: str, name: str = "--run-id") -> None:
 def preset(name: str) -> TrainConfig:
     """Return the recipe called `name`.
 
-    - `seed`: the published recipe. Published: the network, and four final numbers (train accuracy 0.9684 and
-      loss 0.0909, test accuracy 0.9304 and loss 0.2591), no augmentation, overfitting from epoch 10. Assumed, since
-      not published: Adam at a constant 1e-3, batch 128, dropout 0.25 after convolutions and 0.5 between linear
-      layers, 20 epochs, Keras' initial weights, and torch's Adam (whose epsilon is 1e-8, Keras' 1e-7).
+    - `seed`: the published recipe. Published are the network, four final numbers (train accuracy 0.9684 and loss
+      0.0909, test accuracy 0.9304 and loss 0.2591), that nothing was augmented, and that it overfits from epoch 10 on.
+      Assumed, because not published, are Adam at a constant 1e-3, batch 128, dropout 0.25 after convolutions and 0.5
+      between linear layers, 20 epochs, Keras' initial weights, and torch's Adam (epsilon is 1e-8; Keras has 1e-7).
     - `default`: the best recipe known so far for about ten minutes on two CPU cores with bf16.
-    - `best`: the same network and optimizer for longer, with what counters overfitting: shifts, the average of the
-      weights over about 500 steps, a little more than an epoch, and both views of an image in evaluation.
-    - `best-deep`: the same with a convolution more per block and batch normalisation, and still longer.
+    - `best`: the same network and optimizer for more epochs, with measures against overfitting: shifts, an average of
+      the weights over about 500 steps (a little more than an epoch), and test-time augmentation.
+    - `best-deep`: the same with one more convolution per block and batch normalisation, for still more epochs.
     - `smoke`: the whole path in under a minute, on few rows; its accuracy means nothing.
+
+    Raises `UserError` for any other name.
     """
     require(name in PRESET_NAMES, unknown_preset(name))
     if name == "seed":
@@ -342,14 +355,11 @@ def preset(name: str) -> TrainConfig:
             dropout_fc=0.5,
             flip="none",
         )
-    cures: dict[str, Any] = {"shift": 1, "ema_decay": 0.998, "tta": "flip"}
+    against_overfitting: dict[str, Any] = {"shift": 1, "ema_decay": 0.998, "tta": "flip"}
     if name == "best":
-        return TrainConfig(preset="best", epochs=10, **cures)
+        return TrainConfig(preset="best", epochs=10, **against_overfitting)
     if name == "best-deep":
-        return TrainConfig(preset="best-deep", epochs=12, depth="deep-bn", **cures)
+        return TrainConfig(preset="best-deep", epochs=12, depth="deep-bn", **against_overfitting)
     if name == "smoke":
         return TrainConfig(preset="smoke", epochs=2, max_train_rows=1024, global_batch_size=64)
     return TrainConfig()
-
-
-PRESET_NAMES = ("default", "best", "best-deep", "seed", "smoke")

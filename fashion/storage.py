@@ -1,4 +1,7 @@
-"""Where files live: a local folder or any URI that `pyarrow.fs` opens. Files appear whole or not at all."""
+"""Reads and writes files in a local folder, or at any URI that `pyarrow.fs` opens.
+
+Readers see a file's old content or its new one, never a part.
+"""
 
 import contextlib
 import os
@@ -14,25 +17,26 @@ from pyarrow import fs as pafs
 
 from fashion.config import UserError, require
 
-# The first look at a store of the S3 kind. pyarrow's own patience, ten tries of growing length, is right in the middle
-# of a run; a wrong address would cost a minute and a half of it, before the first word. These come to 40 s at most.
-FIRST_LOOK = {
+# Limits for the first request to an S3 store. By default pyarrow makes ten attempts of growing length, which is right
+# in the middle of a run; at its start, a wrong address would cost a minute and a half before any message. These limits
+# come to 40 s at most.
+FIRST_REQUEST_LIMITS = {
     "connect_timeout": 5.0,
     "request_timeout": 5.0,
     "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5),
 }
 
-TRIES_TO_READ = 20
+READ_ATTEMPTS = 20
 
 MAX_ROWS = 1_000_000
-"""Rows that a Parquet file may promise: sixteen times what the largest of ours holds."""
+"""Most rows that a Parquet file may declare: sixteen times those of the project's largest file."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """An opened storage root.
 
-    `uri` is what Ray is given (an absolute path or a URI), `fs` and `root` are what pyarrow uses.
+    Ray is given `uri`, an absolute path or a URI; pyarrow uses `fs` and `root`.
     """
 
     uri: str
@@ -42,7 +46,7 @@ class Storage:
     def path(self, *parts: str) -> str:
         """Return the path of `parts` below the root, in the form that `fs` takes.
 
-        Raises `UserError` if it would lead out of the storage: names come from flags, and from files handed over.
+        Raises `UserError` if the path would lead out of the storage: names come from flags and from others' files.
         """
         for part in parts:
             safe = part.isprintable() and ".." not in part.split("/")
@@ -50,7 +54,7 @@ class Storage:
         return "/".join((self.root, *parts))
 
     def show(self, *parts: str) -> str:
-        """Return the same path as a person would write it."""
+        """Return the path of `parts` in the form in which users write it, for messages."""
         base, mark, query = self.uri.partition("?")
         return "/".join((base.rstrip("/"), *parts)) + mark + query
 
@@ -59,29 +63,33 @@ class Storage:
         return bool(self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound)
 
     def read_bytes(self, *parts: str) -> bytes:
-        """Return a file's content, never a part of it. Raises `FileNotFoundError`."""
+        """Return a file's whole content.
+
+        Raises `FileNotFoundError`, and `OSError` if others replace the file during each of `READ_ATTEMPTS` attempts.
+        """
         path = self.path(*parts)
-        for _ in range(TRIES_TO_READ):
+        for _ in range(READ_ATTEMPTS):
             with self.fs.open_input_file(path) as stream:
                 content = bytes(stream.read())
                 if isinstance(self.fs, pafs.LocalFileSystem):
-                    return content  # an open file stays what it was when another takes its place
-                # As many bytes as the object had when it was opened: of a longer one that replaced it since, a part.
+                    return content  # a local file that is open keeps its content when another replaces it
+                # The stream reads as many bytes as the object had when it was opened. If a longer object has replaced
+                # it since, these are a part of that one.
                 with self.fs.open_input_file(path) as now:
                     if now.metadata() == stream.metadata():
                         return content
-        raise OSError(f"{self.show(*parts)} was replaced during each of {TRIES_TO_READ} tries to read it")
+        raise OSError(f"{self.show(*parts)} was replaced during each of {READ_ATTEMPTS} tries to read it")
 
     def write_bytes(self, data: bytes | pa.Buffer, *parts: str) -> None:
         """Write a file so that a reader sees the old content or the new one, never a part.
 
-        A local file is written beside its place under a hidden name, synced and renamed; an object store makes an
-        object visible only once it is complete.
+        A local file is written under a hidden name in the same folder, synced and renamed; an object store makes an
+        object visible only when it is complete.
         """
         path = self.path(*parts)
         if not isinstance(self.fs, pafs.LocalFileSystem):
-            # In a thread, where no signal is heard: a stream that Ctrl-C leaves is closed on the way out, and to close
-            # it is to complete the object, empty or cut off, in the place of the old one.
+            # In a thread, which Ctrl-C does not interrupt. An exception would close the stream, and closing it
+            # completes the object: an empty or truncated one would replace the old one.
             with ThreadPoolExecutor(1) as thread:
                 thread.submit(write_object, self.fs, path, data).result()
             return
@@ -99,20 +107,20 @@ class Storage:
                 os.remove(temporary)
 
     def list(self, *parts: str) -> list[str]:
-        """Return the names in a folder, sorted; none if it does not exist."""
+        """Return the names in a folder, sorted; an empty list if it does not exist."""
         selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
     def delete_folder(self, *parts: str) -> None:
-        """Remove a folder with all that is in it; nothing happens if it does not exist."""
+        """Remove a folder and its content, if it exists."""
         if self.exists(*parts):
             self.fs.delete_dir(self.path(*parts))
 
     def check_writable(self, *folders: str) -> None:
         """Raise `UserError` unless files can be written in `folders` below the root, or in the root if none is named.
 
-        A folder that does not exist yet counts as the nearest one above it. Leaves nothing behind, not even a folder;
-        in an object store, at most the empty object by which pyarrow remembers that the root is one.
+        For a folder that does not exist yet, the nearest one above it is checked. Leaves nothing behind, not even a
+        folder; in an object store, at most the empty object with which pyarrow marks the root as a folder.
         """
         try:
             if isinstance(self.fs, pafs.LocalFileSystem):
@@ -127,7 +135,7 @@ class Storage:
 
 
 def write_object(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
-    """Write an object of a store. Not with `pafs.copy_files`: pyarrow 26 keeps quiet about a failure at its end."""
+    """Write an object. `pafs.copy_files` of pyarrow 26 would not report a failure at the end of the copy."""
     with filesystem.open_output_stream(path) as stream:
         stream.write(data)
 
@@ -135,11 +143,11 @@ def write_object(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer
 def nearest_folder(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists.
 
-    Raises `NotADirectoryError` if a file stands in the way, `PermissionError` if a folder may not be entered.
+    Raises `NotADirectoryError` if `path` leads through a file, `PermissionError` if a folder may not be entered.
     """
     for place in (path, *path.parents):
         try:
-            os.stat(f"{place}/.")  # the dot is looked up inside the folder
+            os.stat(f"{place}/.")  # with the dot, this fails for files, and for folders that may not be entered
         except FileNotFoundError:
             continue
         return place
@@ -147,10 +155,10 @@ def nearest_folder(path: Path) -> Path:
 
 
 def open_storage(uri: str) -> Storage:
-    """Open `uri`, a local path or a URI; raises `UserError` if it is a file, closed or nothing that pyarrow knows.
+    """Open `uri`, a local path or a URI. Creates nothing; `Storage.check_writable` tests for write access.
 
-    A store that refuses, or that does not answer, is one of those, and so is a bucket that does not exist. Nothing is
-    created: see `Storage.check_writable`.
+    Raises `UserError` if `uri` is a file, may not be entered or is unknown to pyarrow, if an object store refuses or
+    does not answer, or if the bucket does not exist.
     """
     if "://" not in uri:
         path = Path(uri).expanduser().absolute()
@@ -169,7 +177,7 @@ def open_storage(uri: str) -> Storage:
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
         root = root.rstrip("/")
-        found = impatient(filesystem).get_file_info(root or "/")
+        found = with_limits(filesystem).get_file_info(root or "/")
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         way_out = "use a path, or a URI such as s3://..."
@@ -181,33 +189,33 @@ def open_storage(uri: str) -> Storage:
     if isinstance(filesystem, pafs.S3FileSystem):
         require(root, f"--storage {uri} names no bucket; use s3://BUCKET/FOLDER")
         bucket = root.partition("/")[0]
-        # In a bucket that is not there, whatever is looked for is merely missing: the first write would find it out.
-        # Whoever may use no more than one folder of it is not told, and not refused for that.
+        # In a missing bucket every object merely counts as not found, and the first write would fail. A user who may
+        # access only one folder of the bucket gets an error here, which says nothing about the bucket.
         with contextlib.suppress(OSError):
-            there = impatient(filesystem).get_file_info(bucket).type != pafs.FileType.NotFound
+            there = with_limits(filesystem).get_file_info(bucket).type != pafs.FileType.NotFound
             require(there, f"--storage {uri} is in bucket {bucket}, which does not exist; make it, or name another")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)
 
 
-def impatient(filesystem: pafs.FileSystem) -> pafs.FileSystem:
-    """Return the same file system for the `FIRST_LOOK`; a URI has no words for patience."""
+def with_limits(filesystem: pafs.FileSystem) -> pafs.FileSystem:
+    """Return the same file system with `FIRST_REQUEST_LIMITS`, which a URI cannot express."""
     if not isinstance(filesystem, pafs.S3FileSystem):
         return filesystem
-    rebuild, (options,) = filesystem.__reduce__()  # what it is pickled as holds all that the URI said
-    return rebuild(options | FIRST_LOOK)
+    rebuild, (options,) = filesystem.__reduce__()  # its pickled form holds all options that came from the URI
+    return rebuild(options | FIRST_REQUEST_LIMITS)
 
 
 def read_parquet(source: bytes | pa.NativeFile) -> pa.Table:
     """Return the rows of a Parquet file. Raises `ValueError` of one line if it is damaged.
 
-    What it promises is judged before a row is read, so absurd metadata costs no memory.
+    The declared number of rows is checked before any row is read, so absurd metadata costs no memory.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
         if file.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"it promises {file.metadata.num_rows} rows, more than {MAX_ROWS}")
         rows = file.read()
-        rows.validate(full=True)  # lengths, offsets and UTF-8, on which whoever reads the rows relies
+        rows.validate(full=True)  # checks lengths, offsets and UTF-8, on which readers of the rows rely
     except (pa.ArrowException, OSError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
     return rows

@@ -1,4 +1,4 @@
-"""Measure this project side by side with its alternatives, in one run; print the ratios and keep them as Parquet."""
+"""Measure the job side by side with its alternatives; print the ratios and write them as Parquet."""
 
 import os
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from fashion.config import ScaleConfig, require
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.bench` takes."""
+    """Flags of `jobs.bench`."""
 
     storage: str = cli.DEFAULT_STORAGE
-    """Local folder or URI that holds the prepared data; the `bench` table goes there too."""
+    """Local folder or URI that holds the prepared data; the `bench` table is written there too."""
     rows: str = "b"
-    """Letters of the rows to run, with commas: a (step against matrix products), b (the job's loop against the bare
-    step), c (against torchrun), d (batches against Ray Data's), e (against Keras), f (more workers), g (batches against
-    index_select), h (start-up), i (trials of a search), j (time to the published accuracy: most of an hour)."""
+    """Letters of the rows to run, with commas between them: a (step against matrix products), b (the job's loop against
+    the bare step), c (against torchrun), d (batches against Ray Data), e (against Keras), f (more workers), g (batches
+    against index_select), h (start-up), i (trials of a search), j (time to the published accuracy: most of an hour)."""
     repeats: int = 7
-    """How often each side is timed, >= 3; row j is run once."""
+    """How often each side is timed, >= 3; row j runs once."""
     out: str = ""
     """File to write the rows to as Parquet as well; its folder must exist."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, measure, print and write the rows."""
+    """Parse, check where the rows go, measure, print and write the rows."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.bench", description=__doc__ or "")
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
     from fashion.bench.rows import ROWS
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> None:
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(ROWS)}")
     storage.check_writable(schemas.REPORTS_FOLDER)
     connection.connect()
-    measured = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
-    rows = [each.columns() for each in measured]
+    measurements = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
+    rows = [measurement.columns() for measurement in measurements]
     path = tables.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
     console.print_bench(rows)
     print(f"report: {path}")

@@ -1,4 +1,4 @@
-"""Evaluate a run's chosen checkpoint on a split: predictions, per-class figures and the confusion matrix."""
+"""Evaluate a run's chosen checkpoint on a split: predictions, metrics per class, and the confusion matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from fashion.config import ScaleConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.evaluate` takes."""
+    """Flags of `jobs.evaluate`."""
 
     run_id: str
     """Name of the run."""
@@ -19,12 +19,12 @@ class Flags:
     split: Literal["train", "val", "test"] = "test"
     """Rows to classify."""
     export: str = ""
-    """New folder for the network as a program that needs nothing of this project, with its weights and a model card."""
+    """New folder for the network as a program that runs without this project, with its weights and a model card."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, evaluate, print the figures."""
+    """Parse, evaluate the checkpoint, print its results; export it if asked to."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
     config.check_run_id(flags.run_id)
     from fashion.cluster import connection
@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     manifest = load_manifest(storage)
     row = runs.load_run(storage, flags.run_id)
     storage.check_writable(schemas.REPORTS_FOLDER)
-    settings = evaluation.check_run(storage, flags.run_id, row)
+    train_config = evaluation.check_run(storage, flags.run_id, row)
     connection.connect()
-    plan = make_plan(settings, flags.scale, manifest)
+    plan = make_plan(train_config, flags.scale, manifest)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
     classes = [each for each in tables.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
     console.print_classes(classes)

@@ -1,4 +1,4 @@
-"""Make one self-contained HTML page of the Parquet reports: runs, curves, mistakes, searches. Needs no network."""
+"""Make one self-contained HTML page from the Parquet reports: runs, curves, mistakes, searches. Needs no network."""
 
 import time
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from fashion import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.report` takes."""
+    """Flags of `jobs.report`."""
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that holds the reports."""
     out: str = "report.html"
     """File to write; its folder must exist."""
     png: str = ""
-    """Folder to write every figure to as PNG as well; it is made if need be."""
+    """Folder to write every figure to as PNG as well; it is created if it does not exist."""
     run_id: str = ""
-    """Show only these runs or searches: names with commas between them; all if empty."""
+    """Runs or searches to show: names with commas between them; all if empty."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     flags = cli.parse(Flags, argv, prog="python -m jobs.report", description=__doc__ or "")
     run_ids = [name.strip() for name in flags.run_id.split(",") if name.strip()]
-    from fashion.reports.page import sections as plots
+    from fashion.reports.page import sections
     from fashion.storage import open_storage
 
     out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None
-    written = plots.build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
+    written = sections.build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
     print(f"{len(written)} file(s) in {time.perf_counter() - started:.1f} s")
     if png is not None:
         print(f"figures: {png.absolute()}")

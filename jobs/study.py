@@ -1,4 +1,4 @@
-"""Run the study: cures against overfitting beside the recipe without them, over the same seeds; it goes on."""
+"""Run the ablation study: measures against overfitting beside a recipe without them, over the same seeds; resumable."""
 
 import os
 import sys
@@ -12,20 +12,20 @@ from fashion.config import FaultConfig, ScaleConfig, require
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.study` takes."""
+    """Flags of `jobs.study`."""
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that every node sees; holds data, runs and reports."""
     source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
     """Where data comes from if the storage holds none yet; see jobs.prepare."""
     study_id: str = "study"
-    """Name of the study; the same again goes on with what is not done yet."""
+    """Name of the study; the same name again continues with the runs that are missing."""
     parts: str = ",".join(PARTS)
-    """Questions to answer, with commas."""
+    """Parts of the study to run, with commas between them."""
     seeds: int = 5
-    """Runs of each arm, with seeds 0, 1, ..., >= 1; differences are taken between runs of the same seed."""
+    """Runs per arm, with seeds 0, 1, ..., >= 1; differences are between runs of the same seed."""
     epochs: int = 0
-    """Epochs of every run; 0 are those of each part."""
+    """Epochs of every run; 0 takes those of each part."""
     max_train_rows: int = 0
     """Training rows of every run; 0 takes all."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -41,21 +41,25 @@ class Flags:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, train what is missing, print the rows of each part."""
+    """Parse, train the missing runs, print the rows of each part."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.study", description=__doc__ or "")
-    from fashion.ablation import study
+    from fashion.ablation.study import Study, run_study
     from fashion.distributed import trainer
     from fashion.reports import console
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
-    size = study.Size(seeds=flags.seeds, epochs=flags.epochs, max_train_rows=flags.max_train_rows)
+    study = Study(
+        study_id=flags.study_id,
+        parts={name: PARTS[name] for name in flags.parts.split(",")},
+        seeds=flags.seeds,
+        epochs=flags.epochs,
+        max_train_rows=flags.max_train_rows,
+    )
     try:
-        for name, rows in study.carry_out(
+        for name, rows in run_study(
             storage,
-            flags.study_id,
-            {name: PARTS[name] for name in flags.parts.split(",")},
-            size,
+            study,
             flags.scale,
             faults=flags.faults,
             source=flags.source,

@@ -1,4 +1,4 @@
-"""The command line: what is read of the flags before the real parse."""
+"""The command line: flags that are read before the real parse, and errors as one line."""
 
 import contextlib
 import io

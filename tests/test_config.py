@@ -1,4 +1,4 @@
-"""Settings: every mistake is refused with its value, its limit and a way out."""
+"""Settings: every mistake is refused with a message that names the value, the limit and the way out."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ def test_the_published_recipe_has_no_augmentation_and_some_dropout() -> None:
 
 
 def test_the_best_recipes_are_the_default_for_longer_with_every_cure() -> None:
-    """Both are spelt out: who changes the default decides about them anew."""
+    """Whoever changes the default preset has to decide about the other two as well."""
     best, deep, default = (config.preset(name) for name in ("best", "best-deep", "default"))
     assert (best.depth, best.padding, best.optimizer, best.init) == ("vgg", "zeros", "muon", "he")
     assert (best.epochs, best.flip, best.shift, best.label_smoothing) == (10, "random", 1, 0.05)

@@ -1,1 +1,1 @@
-"""The ablation study: what each cure against overfitting changes."""
+"""The ablation study: how much each measure against overfitting changes."""

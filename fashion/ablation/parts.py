@@ -1,4 +1,4 @@
-"""What the study compares: parts whose arms differ in one thing. Knows the standard library only."""
+"""The parts of the study: sets of arms that differ in one thing. Imports the standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +7,21 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One question: arms, name -> settings that differ from `preset`; the others are compared with the first."""
+    """One comparison. The first arm is the baseline of the others."""
 
     preset: str
+    """Recipe that all arms start from."""
     arms: Mapping[str, Mapping[str, Any]]
+    """For each arm, by name, the settings that differ from the preset."""
     epochs: int = 0
-    """Passes over the rows; 0 are those of the preset."""
+    """Epochs of every run; 0 takes those of the preset."""
 
 
 PARTS: dict[str, Part] = {
-    # The article's recipe, long enough to see val loss turn, which it reports from epoch 10 on.
+    # The article's recipe, for enough epochs to see val loss rise, which the article reports from epoch 10 on.
     "seed": Part(preset="seed", arms={"seed": {}}, epochs=12),
-    # Its four cures. More dropout and a lower learning rate on its own recipe, which is the one that overfits.
+    # The article's four proposals against overfitting: dropout, learning rate, depth, padding. The first two start from
+    # its own recipe, which is the one that overfits.
     "dropout": Part(
         preset="seed",
         epochs=12,
@@ -47,7 +50,7 @@ PARTS: dict[str, Part] = {
             "learned": {"padding": "learned"},
         },
     ),
-    # What the article does not name.
+    # Measures that the article does not name.
     "augmentation": Part(
         preset="default",
         epochs=8,
@@ -66,7 +69,7 @@ PARTS: dict[str, Part] = {
     ),
     "ema": Part(preset="default", arms={"none": {}, "999": {"ema_decay": 0.999}}, epochs=8),
     "tta": Part(preset="default", arms={"none": {}, "flip": {"tta": "flip"}}, epochs=8),
-    # What came of it.
+    # The recipes that resulted from the study.
     "best": Part(preset="best", arms={"best": {}}),
     "best-deep": Part(preset="best-deep", arms={"best-deep": {}}),
 }

@@ -1,4 +1,4 @@
-"""What a sceptic asks of two recipes: how sure is the difference, over seeds and over images."""
+"""Compares two recipes: a confidence interval of their difference over seeds, and McNemar's test over images."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean difference of pairs and its interval; no bounds where one pair leaves no spread to judge by."""
+    """Mean difference of pairs and its confidence interval; the bounds are None if there is only one pair."""
 
     mean: float
     low: float | None
@@ -22,24 +22,24 @@ class Effect:
 
 
 def paired_effect(ours: Sequence[float], baseline: Sequence[float]) -> Effect:
-    """Return the mean of `ours` minus `baseline`, pair by pair, with its 95 % interval.
+    """Return the mean of `ours` minus `baseline`, pair by pair, with its 95 % confidence interval.
 
-    Student's t over the differences (Student 1908, "The probable error of a mean"): what both of a pair owe to their
-    seed cancels out.
+    The interval is Student's t over the differences (Student 1908, "The probable error of a mean"). What both runs of a
+    pair owe to their common seed cancels out.
     """
     assert len(ours) == len(baseline) > 0, (len(ours), len(baseline))
-    differences = [one - other for one, other in zip(ours, baseline, strict=True)]
+    differences = [a - b for a, b in zip(ours, baseline, strict=True)]
     mean = statistics.fmean(differences)
     if len(differences) == 1:
         return Effect(mean, None, None)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
-    return Effect(mean, mean - reach, mean + reach)
+    standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * standard_error
+    return Effect(mean, mean - half_width, mean + half_width)
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Images that one of two models alone has right, and the probability of a split at least as uneven by chance."""
+    """How many images only one of two models classifies correctly, and the p-value of McNemar's exact test."""
 
     only_ours: int
     only_baseline: int
@@ -47,10 +47,10 @@ class McNemar:
 
 
 def mcnemar(ours: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> McNemar:
-    """Compare two models on the same images, (n,) each, True where right.
+    """Compare two models on the same images; each array (n,) is True where the model is correct.
 
-    The exact test of McNemar 1947, "Note on the sampling error of the difference between correlated proportions": of
-    the images that one alone has right, half are expected to be ours.
+    The exact test of McNemar 1947, "Note on the sampling error of the difference between correlated proportions": if
+    the models are equally good, of the images that only one classifies correctly, half are expected to be ours.
     """
     assert ours.shape == baseline.shape, (ours.shape, baseline.shape)
     only_ours, only_baseline = int((ours & ~baseline).sum()), int((baseline & ~ours).sum())

@@ -1,15 +1,24 @@
-"""The rows of `jobs.bench` as figures: sides that take turns, their ratio, the operations of a step. Without Ray."""
+"""How the rows of `jobs.bench` are measured: both sides take turns, most of them in one worker group of Ray Train."""
 
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray.data
+import ray.train
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 
-from fashion.config import IMAGE_SIZE
+from fashion.cluster.plan import make_plan
+from fashion.config import ScaleConfig, TrainConfig
+from fashion.data.manifest import load_manifest
+from fashion.distributed import trainer
+from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.reports import provenance
+from fashion.storage import Storage
 
 Rates = dict[str, list[float]]
 """Per side of a comparison, its rate in each repeat."""
@@ -17,7 +26,7 @@ Rates = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row: rates of both sides per repeat, in `unit`, and the ratio that is aimed at; 0 where none is."""
+    """One row: the rates of both sides in each repeat, in `unit`, and the target of their ratio, 0 for none."""
 
     row: str
     unit: str
@@ -27,7 +36,7 @@ class Measurement:
     threads: int
 
     def columns(self) -> dict[str, Any]:
-        """Return the row of the `bench` table; the ratio is the median of the repeats' own ratios."""
+        """Return the row of the `bench` table; its ratio is the median of the ratios of the single repeats."""
         ratios = [ours / reference for ours, reference in zip(self.ours, self.reference, strict=True)]
         ratio = statistics.median(ratios)
         return {
@@ -48,12 +57,16 @@ class Measurement:
 
 
 def inverse(seconds: list[float]) -> list[float]:
-    """Turn durations into rates per hour, so that more is better."""
-    return [3600 / each for each in seconds]
+    """Turn durations into rates per hour, so that larger is better."""
+    return [3600 / duration for duration in seconds]
 
 
 def alternate(sides: Mapping[str, Callable[[int], float]], repeats: int) -> Rates:
-    """Let the sides take turns; return each one's rates. `side(repeat)` gives a rate; the first of each warms up."""
+    """Call `side(repeat)`, which returns a rate, for each side in turn; return the rates of each side.
+
+    Taking turns lets both sides see the same disturbances of the machine. There is one repeat more than `repeats`: the
+    first warms up and is not returned.
+    """
     rates: Rates = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -61,24 +74,56 @@ def alternate(sides: Mapping[str, Callable[[int], float]], repeats: int) -> Rate
     return {name: values[1:] for name, values in rates.items()}
 
 
-def step_flops(model: nn.Module) -> int:
-    """Return the floating-point operations, multiplications and additions, of a training step for one image.
+# --- in the workers of Ray Train --------------------------------------------------------------------------------------
 
-    An output of a convolution or a linear layer is a product of one filter, or one row of weights, with as many inputs:
-    2 x (numbers in it) operations. The gradients of the layer's weights and of its inputs take as many each, the latter
-    not in the first layer (Goodfellow et al. 2016, Deep Learning, section 6.5). What has no products (ReLU, pooling,
-    the loss) is left out, as it is in `torch.utils.flop_counter`; a test compares the two.
+
+def run_in_workers(
+    work: Callable[[dict[str, Any]], Rates],
+    storage: Storage,
+    config: TrainConfig,
+    scale: ScaleConfig,
+    options: dict[str, Any],
+    datasets: dict[str, ray.data.Dataset] | None = None,
+) -> tuple[Rates, int]:
+    """Run `work(settings)` on every worker; return rank 0's rates, and the number of threads of all workers together.
+
+    `settings` are those that a run's workers get (`trainer.worker_settings`), and `options`.
     """
-    layers: list[int] = []
+    scale.check_batch(config.global_batch_size)
+    manifest = load_manifest(storage)
+    plan = make_plan(config, scale, manifest)
+    settings = trainer.worker_settings(storage, manifest, config, plan) | options
+    rates = run_group(work, settings, trainer.scaling_config(plan), datasets)
+    return rates, plan.threads_per_worker * max(plan.num_workers)
 
-    def count(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        weight: Any = layer.weight
-        layers.append(2 * output.numel() * weight[0].numel())
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        model(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=device))
-    for hook in hooks:
-        hook.remove()
-    return 3 * sum(layers) - layers[0]
+def run_group(
+    work: Callable[[dict[str, Any]], Rates],
+    settings: dict[str, Any],
+    shape: ray.train.ScalingConfig,
+    datasets: dict[str, ray.data.Dataset] | None = None,
+) -> Rates:
+    """Run `work(settings)` on a new worker group; return what rank 0 returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ray.train.LoggingConfig(log_level="WARNING")
+        result = LeanTrainer(
+            work,
+            train_loop_config=settings,
+            datasets=datasets or {},
+            scaling_config=shape,
+            run_config=ray.train.RunConfig(storage_path=folder, logging_config=quiet),
+        ).fit()
+    assert result.return_value is not None, "rank 0 returned nothing"
+    rates: Rates = result.return_value
+    return rates
+
+
+def time_all_ranks(work: Callable[[], None]) -> float:
+    """Return the seconds from the common start of `work` on all ranks until the last rank has finished it."""
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - started

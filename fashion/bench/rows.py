@@ -1,8 +1,8 @@
-"""Side-by-side measurements, by the letter of their row: both sides in one run, taking turns; medians and spread."""
+"""The rows of `jobs.bench` by their letter: the function that measures each, both sides of it in one run."""
 
 from collections.abc import Callable
 
-from fashion.bench import others, steps, trials
+from fashion.bench import programs, steps, trials
 from fashion.bench.measurement import Measurement
 from fashion.config import ScaleConfig
 from fashion.storage import Storage
@@ -10,12 +10,13 @@ from fashion.storage import Storage
 ROWS: dict[str, Callable[[Storage, ScaleConfig, int], list[Measurement]]] = {
     "a": steps.step_vs_limit,
     "b": steps.job_vs_step,
-    "c": others.job_vs_torchrun,
+    "c": programs.job_vs_torchrun,
     "d": steps.ingest_vs_naive_ray,
-    "e": others.job_vs_keras,
+    "e": programs.job_vs_keras,
     "f": steps.scaling,
     "g": steps.data_plane,
-    "h": others.startup_vs_bare_trainer,
+    "h": programs.startup_vs_bare_trainer,
     "i": trials.trial_vs_loop,
-    "j": others.time_to_accuracy,
+    "j": programs.time_to_accuracy,
 }
+"""Letter -> `measure(storage, scale, repeats)`, which times each side `repeats` times."""

@@ -1,10 +1,11 @@
-"""What row h of `jobs.bench` runs, each time in a fresh process: the job, or Ray's own trainer with an empty loop.
+"""The process that row h of `jobs.bench` starts for each repeat: the job, or Ray's own trainer with an empty loop.
 
-    python -m fashion.bench.startup job NOTES FLAGS-OF-JOBS.TRAIN
-    python -m fashion.bench.startup bare NOTES NUM_WORKERS CPUS_PER_WORKER USE_GPU FOLDER
+    python -m fashion.bench.startup job FILE FLAGS-OF-JOBS.TRAIN
+    python -m fashion.bench.startup bare FILE NUM_WORKERS CPUS_PER_WORKER USE_GPU FOLDER
 
-Both append lines "moment seconds since 1970" to the file NOTES, on this machine. The job is the command itself, of
-which three functions are watched.
+Both record when they reach a moment: they append lines "moment seconds-since-1970" to the local FILE. The job is the
+real command, with three of its functions patched to record moments. Imports the standard library only at its top: the
+time for imports is one of the moments.
 """
 
 import itertools
@@ -16,14 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 
-def note(path: str, moment: str) -> None:
-    """Append a moment to the notes; workers do it at the same time."""
+def record_moment(path: str, moment: str) -> None:
+    """Append `moment` and the current time to the file `path`; several processes may do so at the same time."""
     with open(path, "a") as file:
         file.write(f"{moment} {time.time()}\n")
 
 
-def read_notes(text: str) -> dict[str, float]:
-    """Return when each moment was reached, by the last of those that reached it."""
+def read_moments(text: str) -> dict[str, float]:
+    """Return the time of each moment in seconds since 1970: that of the last process that reached it."""
     moments: dict[str, float] = {}
     for line in text.splitlines():
         name, _, seconds = line.partition(" ")
@@ -32,63 +33,63 @@ def read_notes(text: str) -> dict[str, float]:
 
 
 def run_job(path: str, flags: list[str]) -> None:
-    """Run `jobs.train`, and note when its imports are done, Ray is there, the loop starts, and a first step is done."""
+    """Run `jobs.train`; record when imports are done, Ray is connected, the loop starts, and the first step ends."""
     from fashion.cluster import connection
     from fashion.distributed import trainer
 
-    note(path, "imported")
+    record_moment(path, "imported")
     connect = connection.connect
 
-    def watched_connect() -> None:
+    def recording_connect() -> None:
         connect()
-        note(path, "connected")
+        record_moment(path, "connected")
 
     sys.argv = ["jobs.train", *flags]
     with (
-        patch.object(connection, "connect", watched_connect),
-        patch.object(trainer, "train_loop_per_worker", watch(path)),
+        patch.object(connection, "connect", recording_connect),
+        patch.object(trainer, "train_loop_per_worker", recording_train_loop(path)),
     ):
         runpy.run_module("jobs.train", run_name="__main__", alter_sys=True)
 
 
-def watch(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the training loop, which notes when it starts and when its first step is done."""
+def recording_train_loop(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the job's training loop, which also records when it starts and when its first step ends."""
 
     def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         from fashion.distributed import worker
         from fashion.training import loop
 
-        note(path, "loop")
+        record_moment(path, "loop")
         train_step, steps = loop.train_step, itertools.count(1)
 
-        def noted_step(*arguments: Any, **options: Any) -> None:
+        def recorded_step(*arguments: Any, **options: Any) -> None:
             train_step(*arguments, **options)
             if next(steps) == 1:
-                note(path, "step")
+                record_moment(path, "step")
 
-        with patch.object(loop, "train_step", noted_step):
+        with patch.object(loop, "train_step", recorded_step):
             return worker.train_loop_per_worker(settings)
 
     return train_loop_per_worker
 
 
 def run_bare(path: str, num_workers: int, cpus: float, use_gpu: bool, folder: str) -> None:
-    """Run Ray's `TorchTrainer` with a loop that only notes that it started, and Ray's own settings otherwise."""
+    """Run Ray's `TorchTrainer` with Ray's own settings and a loop that only records its start."""
     import ray
     import ray.train
     import ray.train.torch
 
-    note(path, "imported")
+    record_moment(path, "imported")
     ray.init(log_to_driver=False)
-    note(path, "connected")
+    record_moment(path, "connected")
     shape = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus})
     ray.train.torch.TorchTrainer(
-        lambda: note(path, "loop"), scaling_config=shape, run_config=ray.train.RunConfig(storage_path=folder)
+        lambda: record_moment(path, "loop"), scaling_config=shape, run_config=ray.train.RunConfig(storage_path=folder)
     ).fit()
 
 
 def main(arguments: list[str]) -> None:
-    """Run the one or the other."""
+    """Run the job, or Ray's trainer, as the first argument says."""
     kind, path, *rest = arguments
     if kind == "job":
         run_job(path, rest)

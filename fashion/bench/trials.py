@@ -1,4 +1,4 @@
-"""The row of `jobs.bench` about a search's trials."""
+"""The row of `jobs.bench` on the trials of a search: what a trial takes longer than the bare training loop."""
 
 import json
 import tempfile
@@ -25,10 +25,10 @@ from fashion.storage import Storage, open_storage
 
 
 def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurement]:
-    """Row i: a one-worker trial against the bare loop over the same rows, process start aside; and its start against
-    that of a trial whose function is empty.
+    """Row i: the time of a one-worker trial, without the start of its process, against the bare loop over the same
+    rows; and the start of a trial against the start of a Tune trial of an empty function.
 
-    Trials run one at a time. A start is the time from the end of one trial to the begin of the next.
+    Trials run one at a time. The start of a trial is the time from the end of the one before to its begin.
     """
     require(
         isinstance(storage.fs, pafs.LocalFileSystem), f"--storage {storage.uri}: row i needs a folder of this machine"
@@ -60,7 +60,7 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
 
 
 def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeats: int) -> list[float]:
-    """Return the seconds that `repeats` bare loops take, one after another in one process, after one that warms up."""
+    """Return the seconds of each of `repeats` bare loops in one process; one more runs first, to warm up."""
     manifest = load_manifest(storage)
     plan = make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
     shared = search.shared_by_trials(storage, "bare", SearchConfig(), config, plan, manifest)
@@ -69,7 +69,7 @@ def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeat
 
 
 def time_bare_loop(settings: dict[str, Any], shared: dict[str, Any], repeats: int) -> list[float]:
-    """Run in a process of its own: what a trial does, without reports and checkpoints."""
+    """Time what a trial does, without reports and checkpoints. Runs as a Ray task, in a process of its own."""
     worker.prepare_process(shared["threads"])
     config = TrainConfig.from_dict(settings)
     times = []
@@ -82,23 +82,23 @@ def time_bare_loop(settings: dict[str, Any], shared: dict[str, Any], repeats: in
 
 
 class StartTimes(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Notes when Tune's trials start and end."""
+    """Records when Tune's trials start and end."""
 
     def __init__(self) -> None:
         self.started: list[float] = []
         self.ended: list[float] = []
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a start."""
+        """Record a start."""
         self.started.append(time.perf_counter())
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note an end."""
+        """Record an end."""
         self.ended.append(time.perf_counter())
 
 
 def empty_starts(repeats: int) -> list[float]:
-    """Return the starts, in seconds, of Tune trials of an empty function, with Tune's own settings otherwise."""
+    """Return the seconds that each start of a Tune trial of an empty function takes, with Tune's own settings."""
     times = StartTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainable = ray.tune.with_resources(lambda config: {"done": True}, {"CPU": 1})

@@ -1,1 +1,1 @@
-"""What is done with a trained network: evaluation and export."""
+"""Uses of a trained network: evaluation on a split, and export."""

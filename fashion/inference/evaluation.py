@@ -1,4 +1,4 @@
-"""Batch inference of a chosen checkpoint in Ray tasks: every row of a split exactly once, then its tables."""
+"""Evaluates the chosen checkpoint of a run on a split: Ray tasks classify every row exactly once; then the tables."""
 
 import json
 from dataclasses import dataclass
@@ -20,61 +20,74 @@ from fashion.model.network import FashionCNN, place
 from fashion.reports import classification, runs, schemas, tables
 from fashion.storage import Storage, open_storage
 from fashion.training import checkpoint, loop
-from fashion.training import run as fit
+from fashion.training.run import build_model, prepare_process
 
-# Batches have the same rows for any number of workers, so their arithmetic, and every tie, is the same.
+# Batches hold the same rows for any number of workers, so every number of workers gives the same bits.
 ROWS_PER_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Result of an evaluation: the mean loss in nats, the accuracy in 0..1, and the rows counted."""
+    """Result of an evaluation: the mean loss in nats per row, the accuracy in 0..1, and the number of rows."""
 
     loss: float
     accuracy: float
     num_rows: int
 
 
-def classify(
-    rows: pa.Table, uri: str, folder: str, config: dict[str, Any], precision: str, threads: int, use_gpu: bool
-) -> pa.Table:
-    """Turn rows of `data.SCHEMA` into index, label, predicted, probabilities and loss: a task of its own process.
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that a process needs to load a run's network and to classify with it as the run did."""
 
-    The weights come from `folder` below the storage `uri`, their sums verified.
+    storage: str
+    """URI of the storage."""
+    folder: str
+    """Folder of the checkpoint, relative to the storage."""
+    config: dict[str, Any]
+    """The run's settings, as `TrainConfig.to_dict` gives them."""
+    precision: str
+    threads: int
+    use_gpu: bool
+
+
+def classify(rows: pa.Table, spec: ModelSpec) -> pa.Table:
+    """Classify rows of `data.rows.SCHEMA`; return index, label, predicted, probabilities and loss. Runs as a Ray task.
+
+    Raises as `load_model` does.
     """
-    fit.prepare_process(threads)
-    device = torch.device("cuda" if use_gpu else "cpu")
-    settings = TrainConfig.from_dict(config)
-    model = load_model(open_storage(uri), folder, settings, device)
-    starts = range(0, len(rows), ROWS_PER_BATCH)
-    batches = (rows.slice(at, ROWS_PER_BATCH) for at in starts)
-    return pa.concat_tables(classify_batch(model, batch, precision, device, settings.tta) for batch in batches)
+    prepare_process(spec.threads)
+    device = torch.device("cuda" if spec.use_gpu else "cpu")
+    config = TrainConfig.from_dict(spec.config)
+    model = load_model(open_storage(spec.storage), spec.folder, config, device)
+    batches = (rows.slice(start, ROWS_PER_BATCH) for start in range(0, len(rows), ROWS_PER_BATCH))
+    return pa.concat_tables(classify_batch(model, batch, spec.precision, device, config.tta) for batch in batches)
 
 
 def load_model(storage: Storage, folder: str, config: TrainConfig, device: torch.device) -> FashionCNN:
-    """Return the network of a checkpoint on `device`, in evaluation mode.
+    """Return the network of the checkpoint in `folder` on `device`, in evaluation mode.
 
-    Raises `checkpoint.DamagedCheckpoint`, and `OSError` if a file is not there.
+    Raises `checkpoint.DamagedCheckpoint` if the weights do not match their SHA-256 or the network, and `OSError` if a
+    file is missing.
     """
     manifest = storage.read_bytes(folder, checkpoint.MANIFEST)
     weights = checkpoint.verified(checkpoint.WEIGHTS, manifest, storage.read_bytes(folder, checkpoint.WEIGHTS))
-    model = fit.build_model(config, pixel_mean=0.0, pixel_std=1.0)
+    model = build_model(config, pixel_mean=0.0, pixel_std=1.0)  # the checkpoint holds the real constants
     model.load_state_dict(checkpoint.fitting_weights(weights, model))
     return place(model, device).eval()
 
 
 def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
-    """Return a run's settings; raises `UserError` unless its `runs` row leads to a checkpoint that can be loaded.
+    """Return a run's settings; raises `UserError` unless its `runs` row names a checkpoint that can be loaded.
 
-    The row is not ours alone: what its column `checkpoint` names must lie in the run's own folder.
+    Reports may come from others, so the column `checkpoint` is accepted only if it names a folder of the run itself.
     """
     config = runs.config_of(storage, run_id, row)
     folder = row["checkpoint"]
     if not folder:
         raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
-    own, _, name = folder.rpartition("/")
+    parent, _, name = folder.rpartition("/")
     require(
-        own == f"{schemas.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
+        parent == f"{schemas.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
         f"--run-id {run_id} names the checkpoint {folder!r}, which is none of its own; train it again",
     )
     try:
@@ -86,7 +99,7 @@ def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
 
 @torch.inference_mode()
 def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device, tta: str) -> pa.Table:
-    """Classify one batch; see `classify`."""
+    """Classify one batch; return the columns that `classify` does."""
     rows = from_table(batch)
     images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(device)
     labels = torch.from_numpy(rows.labels.astype(np.int64)).to(device)
@@ -107,18 +120,23 @@ def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: t
 def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa.Table:
     """Classify `split` with the chosen checkpoint of the `runs` row `row`; return predictions sorted by index.
 
-    A task per worker, each on its shard: Ray runs them where there is room, and again if their process dies. Raises
-    `AssertionError` unless every row of the split came back exactly once.
+    Starts one Ray task per worker, each on its shard; Ray retries a task whose process dies. Raises `UserError` if the
+    storage holds other data than the run was trained on, and `AssertionError` unless every row of the split came back
+    exactly once.
     """
     manifest = load_manifest(storage)
     check_same_data(storage, manifest, row)
     rows = to_table(splits.load_split(storage, manifest, split))
     task = ray.remote(num_cpus=plan.cpus_per_worker, num_gpus=1 if plan.use_gpu else None)(classify)
-    told = (
-        *(storage.uri, row["checkpoint"], json.loads(row["config_json"])),
-        *(row["precision"], plan.threads_per_worker, plan.use_gpu),
+    spec = ModelSpec(
+        storage=storage.uri,
+        folder=row["checkpoint"],
+        config=json.loads(row["config_json"]),
+        precision=row["precision"],
+        threads=plan.threads_per_worker,
+        use_gpu=plan.use_gpu,
     )
-    parts = [task.remote(rows.slice(start, stop - start), *told) for start, stop in shards(len(rows), plan)]
+    parts = [task.remote(rows.slice(start, stop - start), spec) for start, stop in shards(len(rows), plan)]
     table = pa.concat_tables(ray.get(parts)).sort_by("index")
     index = table["index"].to_numpy()
     assert len(index) == len(rows) == len(np.unique(index)), (len(index), len(rows))
@@ -126,27 +144,27 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
 
 
 def shards(num_rows: int, plan: Plan) -> list[tuple[int, int]]:
-    """Return the workers' row ranges, of whole batches but for the last one's end; a worker without rows has none."""
+    """Return the row range of each worker that gets rows, as (start, stop); all but the last hold whole batches."""
     batches, workers = -(-num_rows // ROWS_PER_BATCH), plan.num_workers[1]
     bounds = [shard_bounds(batches, rank, workers) for rank in range(workers)]
     return [(first * ROWS_PER_BATCH, min(end * ROWS_PER_BATCH, num_rows)) for first, end in bounds if first < end]
 
 
 def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:
-    """Evaluate a run's chosen checkpoint on `split`; write `predictions`, `classes` and `confusion`.
+    """Evaluate a run's chosen checkpoint on `split`; write the tables `predictions`, `classes` and `confusion`.
 
-    Each split has files of its own, so two evaluations of one run may go on at once. The row is one that `check_run`
-    has passed, or fresh from training.
+    `row` is the run's `runs` row, one that `check_run` has accepted or that training has just written. Each split has
+    its own files, so evaluations of a run on different splits may run at the same time.
     """
     table = predict(storage, row, split, plan)
     labels, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
     matrix = classification.confusion_matrix(labels, predicted)
-    fresh = {
+    rows_by_table = {
         "predictions": table.to_pylist(),
         "classes": classification.class_rows(matrix),
         "confusion": classification.confusion_rows(matrix),
     }
-    for name, rows in fresh.items():
-        tables.write_table(storage, name, run_id, [{"split": split} | new for new in rows], part=split)
+    for name, rows in rows_by_table.items():
+        tables.write_table(storage, name, run_id, [{"split": split} | each for each in rows], part=split)
     losses = table["loss"].to_numpy().astype(np.float64)
     return Scores(float(losses.mean()), float((labels == predicted).mean()), len(labels))

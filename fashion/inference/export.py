@@ -1,4 +1,4 @@
-"""A trained network for use elsewhere: weights, a program that needs nothing of this project, and a model card."""
+"""Exports a trained network: weights, a `torch.export` program that runs without this project, and a model card."""
 
 import io
 import json
@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 class Classifier(nn.Module):
-    """The network as every evaluation asks it: images (B, 1, 28, 28) uint8 in, logits (B, 10) float32 out, on a CPU."""
+    """The network as evaluation runs it: images (B, 1, 28, 28) uint8, 0 to 255, to logits (B, 10) float32, on a CPU."""
 
     def __init__(self, network: FashionCNN, precision: str, tta: str) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class Classifier(nn.Module):
         self.tta = tta
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits; pixels are 0 to 255, as in the archives."""
+        """Return the logits (B, 10) float32 of `images` (B, 1, 28, 28) uint8."""
         return loop.classify(self.network, images, precision=self.precision, device=torch.device("cpu"), tta=self.tta)
 
 
 def check_destination(folder: str) -> Path:
-    """Return `folder` as a path; raises `UserError` unless it is new or empty, and can be written."""
+    """Return `folder` as a path; raises `UserError` unless it is a new or empty folder that can be written."""
     path = Path(folder).expanduser().absolute()
     require("://" not in folder, f"--export {folder} is a URI; name a folder of this machine")
     require(not path.exists() or path.is_dir(), f"--export {folder} is a file; name a folder")
@@ -54,15 +54,15 @@ def check_destination(folder: str) -> Path:
 def export(storage: Storage, run_id: str, row: dict[str, Any], scores: dict[str, Scores], path: Path) -> None:
     """Write the chosen checkpoint of the `runs` row `row` to the folder `path`, which appears whole or not at all.
 
-    The card tells the row's own figures and `scores`, evaluations by split.
+    The model card lists the results in the row and in `scores`, evaluations by split.
     """
     config = TrainConfig.from_dict(json.loads(row["config_json"]))
     network = load_model(storage, row["checkpoint"], config, torch.device("cpu"))
     manifest = load_manifest(storage)
     files = {
         checkpoint.WEIGHTS: storage.read_bytes(row["checkpoint"], checkpoint.WEIGHTS),
-        PROGRAM: program(Classifier(network, row["precision"], config.tta).eval()),
-        CARD: card(run_id, row, config, scores, manifest).encode(),
+        PROGRAM: export_program(Classifier(network, row["precision"], config.tta).eval()),
+        CARD: model_card(run_id, row, config, scores, manifest).encode(),
     }
     files[checkpoint.MANIFEST] = checkpoint.manifest_of(files).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +71,13 @@ def export(storage: Storage, run_id: str, row: dict[str, Any], scores: dict[str,
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         temporary.chmod(0o755)
-        os.replace(temporary, path)  # over an empty folder, if it is there
+        os.replace(temporary, path)  # also replaces an empty folder
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def program(classifier: Classifier) -> bytes:
-    """Return the classifier as a `torch.export` program for any number of images."""
+def export_program(classifier: Classifier) -> bytes:
+    """Return the file content of a `torch.export` program that takes any number of images."""
     examples = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     with torch.no_grad():
         exported = torch.export.export(
@@ -85,19 +85,21 @@ def program(classifier: Classifier) -> bytes:
         )
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # It takes weights that lie channels-last for slices of larger ones, and saves them right; ours are on the CPU.
+        # torch takes channels-last weights for slices of larger tensors. It warns, and saves them correctly.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         torch.export.save(exported, buffer)
     return buffer.getvalue()
 
 
-def card(run_id: str, row: dict[str, Any], config: TrainConfig, scores: dict[str, Scores], manifest: Manifest) -> str:
-    """Return the model card, Markdown: what it is, what it was made of, how good it is, what it is not for."""
+def model_card(
+    run_id: str, row: dict[str, Any], config: TrainConfig, scores: dict[str, Scores], manifest: Manifest
+) -> str:
+    """Return the model card in Markdown: description, results, data, code and settings, limits."""
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in config.to_dict().items())
     held_out = "" if config.hold_out_val else " Val was trained on: its figures say nothing."
     measured = "\n".join(
         f"| {split} | {each.num_rows} | {each.accuracy:.4f} | {each.loss:.4f} |"
-        for split, each in (known_scores(row, manifest) | scores).items()
+        for split, each in (scores_of_row(row, manifest) | scores).items()
     )
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASS_NAMES))
     mirrored = " Logits are the mean over an image and its mirror image." if config.tta == "flip" else ""
@@ -150,11 +152,11 @@ Trained on {row["hardware"]}, {row["world_size"]} worker(s), {row["wall_s"]:.0f}
 """
 
 
-def known_scores(row: dict[str, Any], manifest: Manifest) -> dict[str, Scores]:
-    """Return what a `runs` row says of its chosen checkpoint, by split."""
-    rows = {"val": manifest.val_rows, "test": row["test_rows"]}
+def scores_of_row(row: dict[str, Any], manifest: Manifest) -> dict[str, Scores]:
+    """Return the results of the chosen checkpoint that a `runs` row holds, by split."""
+    num_rows = {"val": manifest.val_rows, "test": row["test_rows"]}
     return {
         split: Scores(row[f"{split}_loss"], row[f"{split}_accuracy"], number)
-        for split, number in rows.items()
+        for split, number in num_rows.items()
         if row[f"{split}_accuracy"] is not None
     }

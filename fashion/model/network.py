@@ -1,7 +1,7 @@
 """The network: 3 x 3 convolutions in two blocks, then three linear layers; 7,001,194 parameters. And deeper variants.
 
-Raw images in, logits out: normalisation is the first step, its constants are saved with the weights, so a checkpoint
-is complete by itself.
+The network takes raw uint8 images and returns logits. It normalises the pixels itself, and the constants for that are
+saved with the weights, so a checkpoint needs nothing else.
 """
 
 from typing import Any, Literal
@@ -17,15 +17,17 @@ from fashion.model.dropout import Dropout
 NUM_PARAMETERS: dict[Depth, int] = {"vgg": 7_001_194, "deep": 7_628_202, "deep-bn": 7_630_122}
 NUM_CONVOLUTIONS: dict[Depth, int] = {"vgg": 6, "deep": 8, "deep-bn": 8}
 
-
 PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 
 class Conv2d(nn.Conv2d):
-    """A 3 x 3 convolution, stride 1, with one pixel of padding; trained by the quicker of two ways to compute it."""
+    """A 3 x 3 convolution, stride 1, with one pixel of padding.
+
+    In training in fp32 on a CPU, minimal filtering (`winograd`) computes it, which is faster there.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, padding: PaddingMode = "zeros") -> None:
-        """Make a layer with torch's `padding_mode`."""
+        """Make a layer; `padding` is torch's `padding_mode`."""
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, padding_mode=padding)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,10 +43,10 @@ class Conv2d(nn.Conv2d):
 
 
 class PartialConv2d(Conv2d):
-    """A 3 x 3 convolution that treats the padding as missing rather than as zero.
+    """A 3 x 3 convolution that treats pixels beyond the border as missing rather than as zero.
 
-    The output without bias is scaled by (taps of the kernel) / (taps inside the image): 1 inside, 9/6 along an edge,
-    9/4 in a corner. Partial-convolution padding, Liu et al. 2018, arXiv 1811.11718.
+    The output without bias is multiplied by (taps of the kernel) / (taps inside the image): 1 inside, 9/6 along an
+    edge, 9/4 in a corner. Partial-convolution padding, Liu et al. 2018, arXiv 1811.11718.
     """
 
     ratio: Tensor
@@ -53,7 +55,7 @@ class PartialConv2d(Conv2d):
         """Make a layer for square inputs of `size` pixels."""
         super().__init__(in_channels, out_channels)
         valid_taps = F.conv2d(torch.ones(1, 1, size, size), torch.ones(1, 1, 3, 3), padding=1)
-        # Not persistent: it follows from the shape, and a checkpoint fits every padding mode.
+        # Not persistent: the shape determines it, and so a checkpoint loads under every padding mode.
         self.register_buffer("ratio", 9.0 / valid_taps, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -63,31 +65,32 @@ class PartialConv2d(Conv2d):
         return output * self.factors().to(output.dtype) + self.bias.to(output.dtype).view(1, -1, 1, 1)
 
     def factors(self) -> Tensor:
-        """Return what the output without bias is multiplied by, in a shape that ends with (1, size, size)."""
+        """Return what the output without bias is multiplied by, (1, 1, size, size)."""
         return self.ratio
 
 
 class LearnedConv2d(PartialConv2d):
-    """A 3 x 3 convolution that trains the factors of its border: 1 inside, `border` (2,) on an edge and in a corner.
+    """A 3 x 3 convolution that learns by what its outputs at the border are multiplied.
 
-    They start at 1, which is zero padding; 9/6 and 9/4 would be partial convolution. No decay pulls them towards 0:
-    see `optimizer.build_optimizer`.
+    The factors are 1 inside, `border[0]` along an edge and `border[1]` in a corner. Both start at 1, which is zero
+    padding; 9/6 and 9/4 would be partial convolution. `training.optimizer.build_optimizer` excludes them from weight
+    decay, which would pull them towards 0.
     """
 
-    kinds: Tensor
+    position_masks: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, size: int) -> None:
         """Make a layer for square inputs of `size` pixels, at least 2."""
         super().__init__(in_channels, out_channels, size)
         self.border = nn.Parameter(torch.ones(2))
-        kinds = torch.cat([self.ratio == 9.0 / taps for taps in (9.0, 6.0, 4.0)])  # (3, 1, size, size)
-        self.register_buffer("kinds", kinds.float(), persistent=False)
+        masks = torch.cat([self.ratio == 9.0 / taps for taps in (9.0, 6.0, 4.0)])  # (3, 1, size, size)
+        self.register_buffer("position_masks", masks.float(), persistent=False)
 
     def factors(self) -> Tensor:
-        """Return what the output without bias is multiplied by, in a shape that ends with (1, size, size)."""
-        # Each place is of one kind, so two of three products are 0 and the sum is exact; nothing is looked up by an
-        # index, whose gradient a GPU would have to sort.
-        inside, edge, corner = self.kinds
+        """Return what the output without bias is multiplied by, (1, size, size)."""
+        # Exactly one mask is 1 at each pixel, so the sum is exact. Indexing `border` instead would make its gradient
+        # a scatter, for which a GPU has to sort the indices.
+        inside, edge, corner = self.position_masks
         factors: Tensor = inside + edge * self.border[0] + corner * self.border[1]
         return factors
 
@@ -160,29 +163,30 @@ class FashionCNN(nn.Module):
         return logits
 
     def _convolve(self, name: str, x: Tensor) -> Tensor:
-        """Apply the convolution `name`, its normalisation if any, and ReLU."""
-        return F.relu(self._linear_part(name, x))
+        """Apply the convolution `name`, its batch normalisation if any, and ReLU."""
+        return F.relu(self._pre_activation(name, x))
 
-    def _linear_part(self, name: str, x: Tensor) -> Tensor:
+    def _pre_activation(self, name: str, x: Tensor) -> Tensor:
+        """Apply the convolution `name` and its batch normalisation if any."""
         x = getattr(self, name)(x)
         normalised: Tensor = self.norms[name](x) if name in self.norms else x
         return normalised
 
-    def _convolve_and_pool(self, name: str, deeper: str, x: Tensor) -> Tensor:
-        """End a block: the convolution `name`, in deeper variants another one, and 2 x 2 max-pooling.
+    def _convolve_and_pool(self, name: str, extra: str, x: Tensor) -> Tensor:
+        """End a block: the convolution `name`, in deeper variants the convolution `extra` too, and 2 x 2 max-pooling.
 
-        The last ReLU comes after the pooling, on a quarter of the elements: the largest of the ReLUs is the ReLU of
-        the largest, and so are the gradients.
+        The last ReLU is applied after the pooling, to a quarter of the elements: ReLU is monotonic, so the result and
+        the gradients are the same.
         """
-        if getattr(self, deeper) is not None:
-            x, name = self._convolve(name, x), deeper
-        return F.relu(winograd.max_pool(self._linear_part(name, x)))
+        if getattr(self, extra) is not None:
+            x, name = self._convolve(name, x), extra
+        return F.relu(winograd.max_pool(self._pre_activation(name, x)))
 
 
 class Flatten(torch.autograd.Function):
-    """`x.flatten(1)` whose gradient lies in memory in the order that `x` does.
+    """`x.flatten(1)` whose gradient has the memory layout of `x`.
 
-    Handed another order, the backward pass of max-pooling would copy its indices and its whole result, and back.
+    Given a gradient of another layout, the backward pass of max-pooling would copy its indices and its result twice.
     """
 
     @staticmethod
@@ -193,17 +197,18 @@ class Flatten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Map the gradient back."""
+        """Return the gradient (B, C, H, W) of `x`."""
         (gradient,) = gradients
         ordered = gradient.new_empty_strided(ctx.like.shape, ctx.like.stride())
         return ordered.copy_(gradient.view(ctx.like.shape))
 
 
 def initialise(model: FashionCNN, init: str) -> None:
-    """Redraw the weights from torch's global generator; `torch` keeps what the layers drew themselves.
+    """Initialise the weights by the scheme `init` (`TrainConfig.init`), with torch's global generator.
 
-    `glorot`: Glorot and Bengio 2010, uniform, zero biases: Keras' default. `he`: He et al. 2015, normal, zero biases,
-    and the last layer scaled down so that the first logits are small.
+    `torch`: the layers keep the weights that they were made with. `glorot`: Glorot and Bengio 2010, uniform, zero
+    biases, as Keras does by default. `he`: He et al. 2015, normal, zero biases, and the last layer scaled by 0.3 so
+    that the first logits are small.
     """
     if init == "torch":
         return
@@ -221,12 +226,12 @@ def initialise(model: FashionCNN, init: str) -> None:
 
 
 def place(model: FashionCNN, device: torch.device) -> FashionCNN:
-    """Move `model` to `device`, its weights in channels-last order, which convolutions on both CPU and GPU prefer."""
+    """Move `model` to `device` with channels-last weights, for which convolutions are fastest on CPU and GPU alike."""
     return model.to(memory_format=torch.channels_last).to(device)
 
 
 def num_parameters(depth: Depth, padding: Padding) -> int:
-    """Return the number of trainable parameters of a variant: learned padding has two more per convolution."""
+    """Return the number of trainable parameters of a variant; learned padding adds two per convolution."""
     return NUM_PARAMETERS[depth] + (2 * NUM_CONVOLUTIONS[depth] if padding == "learned" else 0)
 
 

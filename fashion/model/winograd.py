@@ -1,11 +1,14 @@
-"""3 x 3 convolutions of whole images by minimal filtering: what training in fp32 on a CPU takes. Knows torch alone.
+"""3 x 3 convolutions of whole images by Winograd's minimal filtering, which training in fp32 on a CPU uses.
 
-Tiles of 7 x 7 outputs, which 28 and 14 pixels hold exactly, come from 9 x 9 products each instead of 7 x 7 x 9: 5.4
-times fewer (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308). The products of one place of all tiles are a product
-of matrices, and the transforms before and after are products with small matrices, so all of it is BLAS.
+A tile of 7 x 7 outputs takes 9 x 9 multiplications instead of 7 x 7 x 9, 5.4 times fewer (Winograd 1980; Lavin and Gray
+2016, arXiv 1509.09308); images of 28 and 14 pixels hold such tiles exactly. Along each axis, a tile's 9 input pixels
+and a filter's 3 taps are transformed to values at 9 points, these are multiplied, and the products are transformed to 7
+outputs. The multiplications at one pair of points, over all tiles and channels, are one matrix product, and each
+transform is a product with a small matrix, so BLAS does all the work.
 
 In memory, pixels come before images and channels (height, width, B, C): a transform along an axis of the image is then
-a product with everything else as its columns. Shapes stay torch's, (B, C, height, width); what follows keeps the order.
+one matrix product whose columns are everything else. Shapes stay torch's (B, C, height, width), and the layers that
+follow keep the memory order. Imports torch and numpy only.
 """
 
 import functools
@@ -20,19 +23,21 @@ from torch.autograd.function import once_differentiable
 
 TILE = 7
 TAPS = 3
-PLACES = TILE + TAPS - 1
-# Where the polynomials are evaluated, besides infinity. Of the sets of 0, three pairs of small fractions of both signs,
-# and one more, it rounds least but for one that lacks 1, where biases enter: a convolution over 128 channels is off by
-# 1.7e-5, root mean square, against 4e-7 of a direct one, 3e-4 of TF32, which GPUs take by default, and 2.4e-3 of bf16.
+# The polynomials are evaluated at these points and at infinity. The set is 0, three pairs of small fractions of both
+# signs, and one more. Among such sets it has nearly the smallest rounding error; the one that is better lacks 1, where
+# biases are added. A convolution over 128 channels is off by 1.7e-5, root mean square, against 4e-7 of a direct one in
+# fp32, 3e-4 in TF32, which GPUs take by default, and 2.4e-3 in bf16.
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.75, -0.75, 0.25)
-ONE = POINTS.index(1.0)
-TO_PIXELS = (2, 3, 0, 1)  # (B, C, height, width) to (height, width, B, C), and back
+NUM_POINTS = TILE + TAPS - 1  # infinity included
+INDEX_OF_ONE = POINTS.index(1.0)
+BOTH_AT_ONE = INDEX_OF_ONE * NUM_POINTS + INDEX_OF_ONE  # the pair of points (1, 1), among the 81 pairs
+PIXELS_FIRST = (2, 3, 0, 1)  # (B, C, height, width) to (height, width, B, C), and back
 
 
 def is_quicker(x: Tensor) -> bool:
-    """Whether to convolve `x` (B, C, size, size) here: trained on, in fp32, by a CPU, of a size that tiles fill.
+    """Tell whether to convolve `x` (B, C, size, size) here: in training, in fp32, on a CPU, in a size that tiles fill.
 
-    Evaluation is left to torch: what a network predicts then does not depend on what it is evaluated with.
+    Evaluation always uses torch's own convolution, so predictions never carry the rounding errors of this one.
     """
     return (
         x.device.type == "cpu"
@@ -49,110 +54,118 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str) -> Te
     `padding` is one pixel of `zeros`, `reflect` or `replicate`, as torch names them.
     """
     if x.shape[1] == 1:
-        return convolve_single(x, weight, bias, padding)
-    y: Tensor = MinimalFiltering.apply(x, weight, bias, padding)
+        return convolve_one_channel(x, weight, bias, padding)
+    y: Tensor = WinogradConvolution.apply(x, weight, bias, padding)
     return y
 
 
-def convolve_single(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str) -> Tensor:
-    """Return the same for one channel, where tiles would not pay: the nine taps are the rows of one matrix."""
+def convolve_one_channel(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str) -> Tensor:
+    """Return the convolution of one input channel as a single matrix product over the nine taps (im2col).
+
+    With one channel, transforming tiles costs more than it saves.
+    """
     batch, _, size, _ = x.shape
-    padded = F.pad(x, (1, 1, 1, 1), mode="constant" if padding == "zeros" else padding).permute(TO_PIXELS).contiguous()
+    mode = "constant" if padding == "zeros" else padding
+    padded = F.pad(x, (1, 1, 1, 1), mode=mode).permute(PIXELS_FIRST).contiguous()
     shifts = [padded[row : row + size, column : column + size] for row in range(TAPS) for column in range(TAPS)]
     taps, filters = torch.stack(shifts).view(TAPS * TAPS, -1).T, weight.permute(0, 2, 3, 1).reshape(len(weight), -1).T
     y = taps @ filters if bias is None else torch.addmm(bias, taps, filters)
-    return y.view(size, size, batch, len(weight)).permute(TO_PIXELS)
+    return y.view(size, size, batch, len(weight)).permute(PIXELS_FIRST)
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """Return `F.max_pool2d(x, 2)` of (B, C, size, size) in the order in memory that `x` lies in.
+    """Return `F.max_pool2d(x, 2)` of `x` (B, C, size, size), in the memory order of `x`.
 
-    torch pools where channels lie together, and images and channels are alike to it.
+    torch pools fast where channels are adjacent in memory. Pooling treats images and channels alike, so with pixels
+    first in memory, the images' channels are handed to torch as the channels of one image.
     """
-    pixels = x.permute(TO_PIXELS)
+    pixels = x.permute(PIXELS_FIRST)
     if not pixels.is_contiguous():
         return F.max_pool2d(x, 2)
     size, _, batch, channels = pixels.shape
     pooled = F.max_pool2d(pixels.view(1, size, size, batch * channels).permute(0, 3, 1, 2), 2)
-    return pooled.permute(0, 2, 3, 1).view(size // 2, size // 2, batch, channels).permute(TO_PIXELS)
+    return pooled.permute(0, 2, 3, 1).view(size // 2, size // 2, batch, channels).permute(PIXELS_FIRST)
 
 
-class MinimalFiltering(torch.autograd.Function):
-    """The convolution, and its gradients from what it transformed already."""
+class WinogradConvolution(torch.autograd.Function):
+    """The convolution. The backward pass reuses the transformed images and filters of the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: str) -> Tensor:
-        """Keep the transformed images and filters for the way back."""
-        pixels = x.permute(TO_PIXELS).contiguous()
-        enter, leave = axes(len(pixels), padding)
-        images, filters = spread(enter, pixels), transform_filters(weight)
+        """Transform, multiply, transform back; save the transformed images and filters."""
+        pixels = x.permute(PIXELS_FIRST).contiguous()
+        input_tiles, output_tiles = tiles_of(len(pixels), padding)
+        images, filters = transform_tiles(input_tiles, pixels), transform_filters(weight)
         products = torch.bmm(images, filters.mT)
         if bias is not None:
-            # At 1 every power is 1: what is added to that place of a tile comes out at each of its pixels.
-            products[ONE * PLACES + ONE] += bias / share_of_one() ** 2
+            # Every power of 1 is 1, so a number added at point 1 is added to every output of the tile.
+            products[BOTH_AT_ONE] += bias / coefficient_of_one() ** 2
         ctx.save_for_backward(images, filters)
         ctx.padding, ctx.has_bias = padding, bias is not None
-        return gather(leave, products, len(pixels)).permute(TO_PIXELS)
+        return transform_tiles_back(output_tiles, products, len(pixels)).permute(PIXELS_FIRST)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
-        """Transform the gradient once, for all three."""
+        """Transform the output's gradient once; derive the gradients of input, weight and bias from the result."""
         images, filters = ctx.saved_tensors
         size = gradients[0].shape[-1]
-        enter, leave = axes(size, ctx.padding)
-        products = spread(leave, gradients[0].permute(TO_PIXELS).contiguous())
-        of_bias = products[ONE * PLACES + ONE].sum(0) / share_of_one() ** 2 if ctx.has_bias else None
-        of_weight = transform_filters_back(torch.bmm(products.mT, images))
-        of_x = None
+        input_tiles, output_tiles = tiles_of(size, ctx.padding)
+        products = transform_tiles(output_tiles, gradients[0].permute(PIXELS_FIRST).contiguous())
+        grad_bias = products[BOTH_AT_ONE].sum(0) / coefficient_of_one() ** 2 if ctx.has_bias else None
+        grad_weight = transform_filters_back(torch.bmm(products.mT, images))
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gather(enter, torch.bmm(products, filters), size).permute(TO_PIXELS)
-        return of_x, of_weight, of_bias, None
+            grad_x = transform_tiles_back(input_tiles, torch.bmm(products, filters), size).permute(PIXELS_FIRST)
+        return grad_x, grad_weight, grad_bias, None
 
 
 # --- transforms -----------------------------------------------------------------------------------------------------
 
-Axis = list[tuple[int, Tensor]]
-"""The tiles of an axis: where a tile's pixels begin, and the matrix (9, pixels) between them and its places."""
+Tiles = list[tuple[int, Tensor]]
+"""The tiles along one axis: each tile's first pixel, and the matrix (9, pixels) from its pixels to the 9 points."""
 
 
-def spread(axis: Axis, pixels: Tensor) -> Tensor:
-    """Take `pixels` (size, size, B, C) to the places of their tiles along both axes: (81, tiles * tiles * B, C).
+def transform_tiles(tiles: Tiles, pixels: Tensor) -> Tensor:
+    """Transform `pixels` (size, size, B, C) tile by tile along both axes; return (81, tiles * tiles * B, C).
 
-    A row of tiles at a time, whose share of what lies between the two transforms stays in a cache.
+    Works on one row of tiles at a time, so that the values between the two transforms stay in the CPU's cache.
     """
     size, _, batch, channels = pixels.shape
     columns = batch * channels
-    flat, rows = pixels.view(size, -1), pixels.new_empty(PLACES, size, columns)
-    places = pixels.new_empty(PLACES, PLACES, len(axis), len(axis), columns)
-    for down, (top, vertical) in enumerate(axis):
-        torch.mm(vertical, flat[top : top + vertical.shape[1]], out=rows.view(PLACES, -1))
-        for across, (left, horizontal) in enumerate(axis):
+    flat, rows = pixels.view(size, -1), pixels.new_empty(NUM_POINTS, size, columns)
+    values = pixels.new_empty(NUM_POINTS, NUM_POINTS, len(tiles), len(tiles), columns)
+    for down, (top, vertical) in enumerate(tiles):
+        torch.mm(vertical, flat[top : top + vertical.shape[1]], out=rows.view(NUM_POINTS, -1))
+        for across, (left, horizontal) in enumerate(tiles):
             window = rows[:, left : left + horizontal.shape[1]]
-            torch.bmm(horizontal.expand(PLACES, -1, -1), window, out=places[:, :, across, down])
-    return places.view(PLACES * PLACES, -1, channels)
+            torch.bmm(horizontal.expand(NUM_POINTS, -1, -1), window, out=values[:, :, across, down])
+    return values.view(NUM_POINTS * NUM_POINTS, -1, channels)
 
 
-def gather(axis: Axis, places: Tensor, size: int) -> Tensor:
-    """Return (size, size, B, C) of what `spread` returns: its transpose, which adds where tiles overlap."""
-    channels = places.shape[-1]
-    places = places.view(PLACES, PLACES, len(axis), len(axis), -1)
-    columns = places.shape[-1]
-    pixels, rows = places.new_empty(1, size, size * columns), places.new_empty(PLACES, size, columns)
+def transform_tiles_back(tiles: Tiles, values: Tensor, size: int) -> Tensor:
+    """Return (size, size, B, C) of `values` (81, tiles * tiles * B, C): the transpose of `transform_tiles`.
+
+    Where tiles overlap, their contributions are added.
+    """
+    channels = values.shape[-1]
+    values = values.view(NUM_POINTS, NUM_POINTS, len(tiles), len(tiles), -1)
+    columns = values.shape[-1]
+    pixels, rows = values.new_empty(1, size, size * columns), values.new_empty(NUM_POINTS, size, columns)
     written_down = 0
-    for down, (top, vertical) in enumerate(axis):
+    for down, (top, vertical) in enumerate(tiles):
         written_across = 0
-        for across, (left, horizontal) in enumerate(axis):
-            put(rows[:, left:], horizontal, places[:, :, across, down], max(0, written_across - left))
+        for across, (left, horizontal) in enumerate(tiles):
+            write_products(rows[:, left:], horizontal, values[:, :, across, down], max(0, written_across - left))
             written_across = left + horizontal.shape[1]
-        put(pixels[:, top:], vertical, rows.view(1, PLACES, -1), max(0, written_down - top))
+        write_products(pixels[:, top:], vertical, rows.view(1, NUM_POINTS, -1), max(0, written_down - top))
         written_down = top + vertical.shape[1]
     return pixels.view(size, size, -1, channels)
 
 
-def put(window: Tensor, matrix: Tensor, right: Tensor, written: int) -> None:
-    """Put the products of the transpose of `matrix` (9, n) and each of `right` (batch, 9, columns) to the first n rows
-    of `window` (batch, rows, columns): the first `written` of them are added to what is there, others replace it.
+def write_products(window: Tensor, matrix: Tensor, right: Tensor, written: int) -> None:
+    """Multiply the transpose of `matrix` (9, n) with each of `right` (batch, 9, columns); write the products to the
+    first n rows of `window` (batch, rows, columns). The first `written` rows hold results already and are added to.
     """
     left = matrix.T.contiguous().expand(len(right), -1, -1)
     if written:
@@ -161,72 +174,74 @@ def put(window: Tensor, matrix: Tensor, right: Tensor, written: int) -> None:
 
 
 def transform_filters(weight: Tensor) -> Tensor:
-    """Return (81, out, in) of `weight` (out, in, 3, 3)."""
+    """Return the transformed filters (81, out, in) of `weight` (out, in, 3, 3)."""
     matrix, (num_out, num_in) = filter_transform(), weight.shape[:2]
-    rows = torch.mm(matrix, weight.permute(TO_PIXELS).reshape(TAPS, -1)).view(PLACES, TAPS, -1)
-    return torch.bmm(matrix.expand(PLACES, -1, -1), rows).view(-1, num_out, num_in)
+    rows = torch.mm(matrix, weight.permute(PIXELS_FIRST).reshape(TAPS, -1)).view(NUM_POINTS, TAPS, -1)
+    return torch.bmm(matrix.expand(NUM_POINTS, -1, -1), rows).view(-1, num_out, num_in)
 
 
-def transform_filters_back(places: Tensor) -> Tensor:
-    """Return the gradient (out, in, 3, 3) of the weight from that of `transform_filters`, (81, out, in)."""
-    matrix, (num_out, num_in) = filter_transform().T.contiguous(), places.shape[1:]
-    rows = torch.bmm(matrix.expand(PLACES, -1, -1), places.view(PLACES, PLACES, -1))
-    weight = torch.mm(matrix, rows.view(PLACES, -1)).view(TAPS, TAPS, num_out, num_in).permute(TO_PIXELS)
-    # The order that weights lie in, and DDP's buckets with them.
+def transform_filters_back(gradient: Tensor) -> Tensor:
+    """Return the gradient (out, in, 3, 3) of the weight, given that of the transformed filters (81, out, in)."""
+    matrix, (num_out, num_in) = filter_transform().T.contiguous(), gradient.shape[1:]
+    rows = torch.bmm(matrix.expand(NUM_POINTS, -1, -1), gradient.view(NUM_POINTS, NUM_POINTS, -1))
+    weight = torch.mm(matrix, rows.view(NUM_POINTS, -1)).view(TAPS, TAPS, num_out, num_in).permute(PIXELS_FIRST)
+    # Weights lie channels-last in memory, and so do the buckets of DDP, which hold their gradients.
     return weight.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache
-def axes(size: int, padding: str) -> tuple[Axis, Axis]:
-    """Return the axis of a convolution's `size` pixels, whose tiles see two pixels of their neighbours, and that of its
-    outputs.
+def tiles_of(size: int, padding: str) -> tuple[Tiles, Tiles]:
+    """Return the tiles of a convolution's input along an axis of `size` pixels, and those of its output.
+
+    An input tile reaches one pixel into each neighbour.
     """
-    to_places, _, to_outputs = toom_cook()
-    # The pixel that stands for what lies before the first and after the last; none where zeros do.
-    beyond = {"zeros": {}, "reflect": {-1: 1, size: size - 2}, "replicate": {-1: 0, size: size - 1}}[padding]
-    enter, leave = [], []
+    input_transform, _, output_transform = toom_cook()
+    # The pixel whose value the padding repeats before the first pixel and after the last; none for zeros.
+    repeated = {"zeros": {}, "reflect": {-1: 1, size: size - 2}, "replicate": {-1: 0, size: size - 1}}[padding]
+    input_tiles, output_tiles = [], []
     for start in range(0, size, TILE):
-        first, last = max(0, start - 1), min(size, start + TILE + 1)
-        matrix = np.zeros((PLACES, last - first))
-        for offset in range(PLACES):
+        first, end = max(0, start - 1), min(size, start + TILE + 1)
+        matrix = np.zeros((NUM_POINTS, end - first))
+        for offset in range(NUM_POINTS):
             pixel = start + offset - 1
-            pixel = beyond.get(pixel, pixel)
-            if first <= pixel < last:
-                matrix[:, pixel - first] += to_places[:, offset]
-        enter.append((first, torch.from_numpy(matrix).float()))
-        leave.append((start, torch.from_numpy(to_outputs.T).float().contiguous()))
-    return enter, leave
+            pixel = repeated.get(pixel, pixel)
+            if first <= pixel < end:
+                matrix[:, pixel - first] += input_transform[:, offset]
+        input_tiles.append((first, torch.from_numpy(matrix).float()))
+        output_tiles.append((start, torch.from_numpy(output_transform.T).float().contiguous()))
+    return input_tiles, output_tiles
 
 
 @functools.cache
 def filter_transform() -> Tensor:
-    """Return what takes three taps to their places (9, 3)."""
+    """Return the matrix (9, 3) from a filter's taps to the points."""
     return torch.from_numpy(toom_cook()[1]).float()
 
 
-def share_of_one() -> float:
-    """Return what every output takes of the place of point 1."""
-    return float(toom_cook()[2][0, ONE])
+def coefficient_of_one() -> float:
+    """Return the factor with which the product at point 1 enters every output."""
+    return float(toom_cook()[2][0, INDEX_OF_ONE])
 
 
 @functools.cache
 def toom_cook() -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return the transforms of one axis: of pixels (9, 9), of taps (9, 3), and of products to outputs (7, 9).
+    """Return the transforms of one axis: of input (9, 9), of filter (9, 3), and of products to outputs (7, 9).
 
-    By interpolation at `POINTS` and infinity (Toom 1963, Cook 1966), transposed, as Lavin and Gray have it. Pixels and
-    taps are scaled per place, by powers of two, to sums of magnitudes near 1; outputs are scaled back.
+    They are B^T, G and A^T of Lavin and Gray: interpolation at `POINTS` and infinity (Toom 1963, Cook 1966),
+    transposed. The rows of the first two are scaled by powers of two to sums of magnitudes near 1, which keeps rounding
+    errors small; the third undoes that.
     """
     nodes = np.array(POINTS)
-    pixels, taps = np.zeros((PLACES, PLACES)), np.zeros((PLACES, TAPS))
-    outputs = np.zeros((TILE, PLACES))
-    for place, node in enumerate(nodes):
-        others = np.delete(nodes, place)
-        pixels[place, :-1] = np.poly(others)[::-1] / np.prod(node - others)
-    pixels[-1] = np.poly(nodes)[::-1]
-    taps[:-1], taps[-1, -1] = np.vander(nodes, TAPS, increasing=True), 1.0
-    outputs[:, :-1], outputs[-1, -1] = np.vander(nodes, TILE, increasing=True).T, 1.0
-    for matrix in (pixels, taps):
+    input_transform, taps_transform = np.zeros((NUM_POINTS, NUM_POINTS)), np.zeros((NUM_POINTS, TAPS))
+    output_transform = np.zeros((TILE, NUM_POINTS))
+    for index, node in enumerate(nodes):
+        others = np.delete(nodes, index)
+        input_transform[index, :-1] = np.poly(others)[::-1] / np.prod(node - others)
+    input_transform[-1] = np.poly(nodes)[::-1]
+    taps_transform[:-1], taps_transform[-1, -1] = np.vander(nodes, TAPS, increasing=True), 1.0
+    output_transform[:, :-1], output_transform[-1, -1] = np.vander(nodes, TILE, increasing=True).T, 1.0
+    for matrix in (input_transform, taps_transform):
         scales = 2.0 ** np.round(np.log2(np.abs(matrix).sum(1)))
         matrix /= scales[:, None]
-        outputs *= scales
-    return pixels, taps, outputs
+        output_transform *= scales
+    return input_transform, taps_transform, output_transform

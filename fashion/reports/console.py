@@ -1,4 +1,4 @@
-"""What a person reads on the console: the plan, the result next to the published one, per-class figures. Uses rich."""
+"""Prints on the console: a run's plan, results beside the published ones, trials, studies, classes, benchmarks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
-BEST_TRIALS = 8
+TRIALS_SHOWN = 8
 
-# The article's table for the same network; its test loss turns upward after epoch 10.
+# The article's results for the same network.
 PUBLISHED = {
     "train_accuracy": 0.9684,
     "train_loss": 0.0909,
@@ -21,18 +21,19 @@ PUBLISHED = {
 
 
 def print_plan(kind: str, name: str, storage: str, lines: Sequence[str]) -> None:
-    """Print what will run where: the name of the run or search, the storage, and the lines of its plan."""
+    """Print the name of the run or search (`kind`), the storage, and the lines of its plan."""
     print(f"{kind:11}{name}\nstorage    {storage}")
     print("\n".join(lines), flush=True)
 
 
 def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was_finished: bool) -> None:
-    """Print a finished run: the published four numbers beside its own, its speed, and where things lie."""
+    """Print a finished run: the four published numbers beside its own, its speed, and the paths of its files."""
     if was_finished:
         print(f"run {run_id} is finished already; nothing to do")
     table = Table(title=f"{run_id} on {row['dataset']}")
-    for name, side in (("", "left"), ("published", "right"), ("this run", "right")):
-        table.add_column(name, justify="right" if side == "right" else "left")
+    table.add_column("")
+    for name in ("published", "this run"):
+        table.add_column(name, justify="right")
     for key, published in PUBLISHED.items():
         table.add_row(key.replace("_", " "), f"{published:.4f}", f"{row[key]:.4f}")
     held_out = row["val_accuracy"] is not None
@@ -50,7 +51,7 @@ def print_result(run_id: str, row: dict[str, Any], paths: dict[str, str], *, was
 
 
 def print_trials(search_id: str, names: Sequence[str], trials: Sequence[Row], max_epochs: int) -> None:
-    """Print a search's best trials and what stopping early has saved.
+    """Print a search's best trials, and the share of epochs that were trained in spite of early stopping.
 
     `names` are the searched settings; `trials` are dictionaries, best first, with `trial_id`, `status`, `settings`,
     `epochs_done`, and `best`: the metrics of the best epoch, empty if there is none.
@@ -58,48 +59,51 @@ def print_trials(search_id: str, names: Sequence[str], trials: Sequence[Row], ma
     table = Table(title=f"{search_id}: the best of {len(trials)} trials")
     for name in ("trial", "status", *names, "epochs", "best epoch", "val accuracy", "val loss"):
         table.add_column(name, justify="left" if name in ("trial", "status") else "right")
-    for trial in trials[:BEST_TRIALS]:
+    for trial in trials[:TRIALS_SHOWN]:
         best = trial["best"]
-        figures = [f"{best[name]:.4f}" if name in best else "-" for name in ("val_accuracy", "val_loss")]
+        metrics = [f"{best[name]:.4f}" if name in best else "-" for name in ("val_accuracy", "val_loss")]
         settings = [shorten(trial["settings"].get(name)) for name in names]
         epochs = (str(trial["epochs_done"]), str(best.get("epoch", "-")))
-        table.add_row(trial["trial_id"], trial["status"], *settings, *epochs, *figures)
+        table.add_row(trial["trial_id"], trial["status"], *settings, *epochs, *metrics)
     Console(width=120).print(table)
     counts = Counter(trial["status"] for trial in trials)
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
-    spent, full = sum(trial["epochs_done"] for trial in trials), max_epochs * len(trials)
-    print(f"{spent} epochs trained, {spent / full:.0%} of the {full} that full trials would have cost")
+    trained, full = sum(trial["epochs_done"] for trial in trials), max_epochs * len(trials)
+    print(f"{trained} epochs trained, {trained / full:.0%} of the {full} that full trials would have cost")
 
 
 def shorten(value: Any) -> str:
-    """Write a setting in a few characters."""
+    """Format a setting in a few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_study(part: str, rows: list[dict[str, Any]]) -> None:
-    """Print the `study` rows of a part: what each arm reaches, and its difference to the first, in points."""
+    """Print the `study` rows of a part: each arm's accuracies, and their differences to the first arm's.
+
+    Differences are in percentage points.
+    """
     first = rows[0]
     sizes = f"{first['seeds']} seed(s), {first['epochs']} epochs of {first['train_rows']} rows"
     table = Table(title=f"{part}: {sizes}, preset {first['preset']}; differences to {first['arm']} in points")
     for name in ("arm", "val", "test", "val difference", "test difference", "only arm : only base", "p", "turns at"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in rows:
-        reached = [with_spread(row[f"{split}_accuracy"], row[f"{split}_accuracy_std"]) for split in ("val", "test")]
-        compared = [""] * 4
+        accuracies = [with_spread(row[f"{split}_accuracy"], row[f"{split}_accuracy_std"]) for split in ("val", "test")]
+        comparison = [""] * 4
         if row["baseline"] is not None:
-            compared = [points(row, split) for split in ("val", "test")]
-            compared += [f"{row['only_arm_right']} : {row['only_baseline_right']}", f"{row['mcnemar_p']:.2g}"]
-        table.add_row(row["arm"], *reached, *compared, f"{row['turning_epoch']:g}")
+            comparison = [points(row, split) for split in ("val", "test")]
+            comparison += [f"{row['only_arm_right']} : {row['only_baseline_right']}", f"{row['mcnemar_p']:.2g}"]
+        table.add_row(row["arm"], *accuracies, *comparison, f"{row['turning_epoch']:g}")
     Console(width=140).print(table)
 
 
-def with_spread(mean: float | None, deviation: float | None) -> str:
-    """Write an accuracy with its standard deviation; '-' for none."""
-    return "-" if mean is None else f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+def with_spread(mean: float | None, std: float | None) -> str:
+    """Format an accuracy and its standard deviation; '-' if there is no accuracy."""
+    return "-" if mean is None else f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
 
 
 def points(row: dict[str, Any], split: str) -> str:
-    """Write a difference of accuracies and its interval in percentage points; '-' for none."""
+    """Format a difference of accuracies and its interval in percentage points; '-' if there is no difference."""
     mean, low, high = (row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
     if mean is None:
         return "-"
@@ -112,8 +116,8 @@ def print_classes(classes: list[dict[str, Any]]) -> None:
     for name in ("class", "precision", "recall", "f1", "support"):
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in classes:
-        figures = [f"{row[name]:.4f}" for name in ("precision", "recall", "f1")]
-        table.add_row(row["name"], *figures, str(row["support"]))
+        ratios = [f"{row[name]:.4f}" for name in ("precision", "recall", "f1")]
+        table.add_row(row["name"], *ratios, str(row["support"]))
     Console(width=100).print(table)
 
 
@@ -123,9 +127,9 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
     for name in ("row", "ours", "reference", "unit", "ratio (min to max)", "target", "met"):
         table.add_column(name, justify="left" if name in ("row", "unit") else "right")
     for row in rows:
-        spread = f"{row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f}, n={row['repeats']})"
-        sides = (f"{row['ours']:.1f}", f"{row['reference']:.1f}")
-        # A row that aims at nothing meets nothing.
-        judged = (f"{row['target']:g}", "yes" if row["met"] else "no") if row["target"] else ("", "")
-        table.add_row(row["row"], *sides, row["unit"], spread, *judged)
+        rates = (f"{row['ours']:.1f}", f"{row['reference']:.1f}")
+        ratio = f"{row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f}, n={row['repeats']})"
+        # A row without a target neither meets nor misses one.
+        verdict = (f"{row['target']:g}", "yes" if row["met"] else "no") if row["target"] else ("", "")
+        table.add_row(row["row"], *rates, row["unit"], ratio, *verdict)
     Console(width=120).print(table)

@@ -1,4 +1,4 @@
-"""Progress of a run on the console: a line per epoch and, on a terminal, a bar within the epoch."""
+"""Shows a run's progress on the console: a line per epoch and, on a terminal, a bar within the epoch."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_UPDATES = 1.0
 
 Step = tuple[int, int, int]
-"""Epoch, step within it, and steps of an epoch."""
+"""The epoch, the steps done in it, and the steps per epoch."""
 
 
 def last_line(error: BaseException | str) -> str:
@@ -22,14 +22,14 @@ def last_line(error: BaseException | str) -> str:
 
 
 class ProgressBar:
-    """Within its `with` block, prints lines and, on a terminal, a bar of the current epoch below them."""
+    """A context manager that prints lines and, on a terminal, a bar of the current epoch below them."""
 
     def __init__(self, epochs: int, read_step: Callable[[], Step | None] = lambda: None) -> None:
-        """Show a run of `epochs` epochs; `read_step` is asked every second how far it is, None before the start."""
+        """Show a run of `epochs` epochs. The bar calls `read_step` every second; before the first step that is None."""
         self._epochs = epochs
         self._read_step = read_step
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._move, daemon=True)
+        self._thread = threading.Thread(target=self._update, daemon=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=Console(), transient=True, disable=not sys.stdout.isatty())
         self._task = self._bar.add_task("starting workers", total=None)
@@ -49,22 +49,22 @@ class ProgressBar:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar, as it is: errors that it quotes hold brackets, which are no markup of rich."""
+        """Print a line above the bar, unformatted: rich would take brackets in quoted errors for its markup."""
         self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _move(self) -> None:
+    def _update(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_UPDATES):
-            found = self._read_step()
-            if found:
-                epoch, step, steps = found
+            now = self._read_step()
+            if now is not None:
+                epoch, step, steps = now
                 self._bar.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, total=steps)
 
 
 def epoch_line(epoch: int, epochs: int, rows: dict[str, dict[str, Any]], left_s: float) -> str:
-    """Return the line for one epoch from its rows by split; `left_s` is the estimated rest in seconds."""
+    """Return the line for one epoch; `rows` are its `epochs` rows by split, `left_s` the estimated seconds left."""
     train = rows["train"]
-    figures = [f"{split} loss {row['loss']:.4f} accuracy {row['accuracy']:.4f}" for split, row in sorted(rows.items())]
+    metrics = [f"{split} loss {row['loss']:.4f} accuracy {row['accuracy']:.4f}" for split, row in sorted(rows.items())]
     return (
-        f"epoch {epoch}/{epochs}  {'  '.join(figures)}  "
+        f"epoch {epoch}/{epochs}  {'  '.join(metrics)}  "
         f"{train['images_per_s']:.0f} images/s  {left_s // 60:.0f} min {left_s % 60:.0f} s left"
     )

@@ -1,4 +1,4 @@
-"""What identifies the code and the machine of a run: hash of the sources, versions, hardware."""
+"""Identifies the code and the machine of a run: hash of the sources, versions, hardware."""
 
 import functools
 import hashlib
@@ -12,7 +12,10 @@ from typing import Any
 
 @functools.cache
 def source_hash() -> str:
-    """Return the SHA-256 over the project's Python files that run here: proves which code made a row."""
+    """Return the SHA-256 over the paths and contents of all Python files of `fashion` and `jobs`.
+
+    Rows of the reports carry the hash, which shows what code wrote them.
+    """
     package = Path(__file__).resolve().parents[1]
     folders = [package, package.parent / "jobs"]
     digest = hashlib.sha256()
@@ -23,24 +26,27 @@ def source_hash() -> str:
 
 
 def warn_of_other_code(run_id: str, earlier: dict[str, Any]) -> None:
-    """Say so on standard error if other code than this wrote a run's row: the row will name this code alone."""
-    began, now = earlier["source_hash"], source_hash()
-    if began not in (None, now):
-        print(f"warning: run {run_id} was trained so far by other code ({began[:12]}, now {now[:12]})", file=sys.stderr)
+    """Print a warning if other code wrote `earlier`, the `runs` row of a run that is resumed.
+
+    The row that replaces it will name only the code that resumes the run.
+    """
+    old, new = earlier["source_hash"], source_hash()
+    if old not in (None, new):
+        print(f"warning: run {run_id} was trained so far by other code ({old[:12]}, now {new[:12]})", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions that runs record, without importing the packages."""
+    """Return the columns with the installed versions of Ray and torch, without importing them."""
     return {"ray_version": version("ray"), "torch_version": version("torch")}
 
 
 def hardware() -> str:
-    """Return the driver's processor and core count in words."""
+    """Return this machine's processor model and core count, such as "AMD EPYC 7763, 2 cores"."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in read_lines(cpuinfo) if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return a text file's lines, none if it does not exist."""
+    """Return a text file's lines; an empty list if it does not exist."""
     return path.read_text().splitlines() if path.exists() else []

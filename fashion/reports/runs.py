@@ -1,17 +1,11 @@
-"""Rows of the `runs` table: find one, and compare its settings with those asked for."""
+"""Reads rows of the `runs` table, and compares a run's stored settings with those of a command."""
 
 import json
 from typing import Any
 
 from pyarrow import fs as pafs
 
-from fashion.config import (
-    TrainConfig,
-    UserError,
-    flag,
-    parse_object,
-    require,
-)
+from fashion.config import TrainConfig, UserError, flag, parse_object, require
 from fashion.reports.schemas import REPORTS_FOLDER, RUNS_FOLDER
 from fashion.reports.tables import read_table
 from fashion.storage import Storage
@@ -24,7 +18,7 @@ def find_run(storage: Storage, run_id: str) -> dict[str, Any] | None:
 
 
 def load_run(storage: Storage, run_id: str) -> dict[str, Any]:
-    """Return the `runs` row of `run_id`; raises `UserError` naming the runs that exist."""
+    """Return the `runs` row of `run_id`; raises `UserError`, naming the latest ids, if there is none."""
     row = find_run(storage, run_id)
     if row is None:
         known = list_runs(storage)
@@ -40,17 +34,17 @@ def list_runs(storage: Storage) -> list[str]:
 
 
 def config_json(config: TrainConfig) -> str:
-    """Return the settings as the `runs` table keeps them."""
+    """Return the settings in the form of the column `config_json`."""
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
 def stored_config(storage: Storage, run_id: str) -> TrainConfig:
-    """Return the settings that a run was started with; raises `UserError` if it does not exist, or is damaged."""
+    """Return the settings that a run was started with; raises `UserError` if there is no such run, or no settings."""
     return config_of(storage, run_id, load_run(storage, run_id))
 
 
 def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
-    """Return the settings in the `runs` row `row`; raises `UserError` if it holds none."""
+    """Return the settings in the `runs` row `row`; raises `UserError` if they are missing or damaged."""
     try:
         return TrainConfig.from_dict(parse_object(row["config_json"] or ""))
     except ValueError as error:
@@ -61,8 +55,8 @@ def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
 def differing_settings(storage: Storage, run_id: str, config: TrainConfig) -> list[str]:
     """Return each setting in which `config` differs from the stored run's, as a flag with both values."""
     stored = stored_config(storage, run_id).to_dict()
-    asked = config.to_dict()
-    return [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+    given = config.to_dict()
+    return [f"{flag(name)} {given[name]} (was {stored[name]})" for name in stored if given[name] != stored[name]]
 
 
 def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> None:
@@ -75,8 +69,8 @@ def check_same_config(storage: Storage, run_id: str, config: TrainConfig) -> Non
 
 
 def check_new_run(storage: Storage, run_id: str) -> None:
-    """Raise `UserError` if a run of that id has left anything in the storage."""
-    taken = find_run(storage, run_id) is not None or storage.exists(RUNS_FOLDER, run_id)
+    """Raise `UserError` if the storage holds a row or a folder of a run `run_id`."""
+    exists = find_run(storage, run_id) is not None or storage.exists(RUNS_FOLDER, run_id)
     require(
-        not taken, f"--run-id {run_id} exists already in {storage.uri}; add --resume to continue it, or name another"
+        not exists, f"--run-id {run_id} exists already in {storage.uri}; add --resume to continue it, or name another"
     )

@@ -1,4 +1,4 @@
-"""The schema of each table of the reports, and the folders that they lie in."""
+"""The schema of each table of the reports, and the names of the storage's folders for reports, runs and searches."""
 
 import pyarrow as pa
 
@@ -9,8 +9,8 @@ SEARCHES_FOLDER = "searches"
 
 _TIME = pa.timestamp("us", tz="UTC")
 
-# Losses in nats per row, accuracies and shares as fractions, times in seconds, epochs counted from 1. `run_id` is the
-# partition column of every table, so it is not in the files.
+# Losses are nats per row, accuracies are fractions in 0..1, times are seconds, and epochs count from 1. `run_id` is the
+# partition column of every table: folders carry it, and files do not.
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": pa.schema(
         [
@@ -31,7 +31,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("device", pa.string()),
             ("precision", pa.string()),
             ("threads_per_worker", pa.int32()),
-            ("exchange", pa.string()),  # of gradients: none, shared memory, gloo or nccl
+            ("exchange", pa.string()),  # how ranks exchange gradients: none, shared memory, gloo or nccl
             ("data_mode", pa.string()),
             ("epochs_done", pa.int32()),
             ("best_epoch", pa.int32()),
@@ -44,8 +44,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("test_rows", pa.int64()),
             ("images_per_s", pa.float64()),
             ("peak_memory_bytes", pa.int64()),  # of the largest worker
-            ("checkpoint", pa.string()),  # the chosen one, relative to the storage
-            ("resumed_from", pa.int32()),  # epoch that the last life of the run started after; null if unbroken
+            ("checkpoint", pa.string()),  # folder of the chosen one, relative to the storage
+            ("resumed_from", pa.int32()),  # epoch after which the run was last resumed; null if it never was
             ("hardware", pa.string()),
             ("ray_version", pa.string()),
             ("torch_version", pa.string()),
@@ -67,7 +67,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trials": pa.schema(
         [
             ("search_id", pa.string()),
-            ("trial_id", pa.string()),  # t0000, t0001, ... in the order in which they were drawn
+            ("trial_id", pa.string()),  # t0000, t0001, ... in the order in which they were sampled
             ("status", pa.string()),  # running, completed, stopped, diverged or error
             ("error", pa.string()),
             ("lr", pa.float64()),
@@ -77,15 +77,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("label_smoothing", pa.float64()),
             ("padding", pa.string()),
             ("depth", pa.string()),
-            ("settings_json", pa.string()),  # all that was drawn
+            ("settings_json", pa.string()),  # all sampled settings
             ("max_epochs", pa.int32()),
             ("epochs_done", pa.int32()),
-            ("rung", pa.int32()),  # epoch of the last rung that the trial reached; null before the first
+            ("rung", pa.int32()),  # epoch of the last ASHA rung that the trial reached; null before the first
             ("best_epoch", pa.int32()),
             ("val_loss", pa.float64()),  # of the best epoch
             ("val_accuracy", pa.float64()),
             ("last_val_accuracy", pa.float64()),
-            ("wall_s", pa.float64()),  # all lives of the trial together
+            ("wall_s", pa.float64()),  # including what was trained before a resume
         ]
     ),
     "predictions": pa.schema(
@@ -119,7 +119,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("ratio_min", pa.float64()),
             ("ratio_max", pa.float64()),
             ("repeats", pa.int32()),
-            ("target", pa.float64()),  # none where nothing is aimed at
+            ("target", pa.float64()),  # null for rows without a target
             ("met", pa.bool_()),
             ("hardware", pa.string()),
             ("threads", pa.int32()),
@@ -133,13 +133,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("study_id", pa.string()),
             ("part", pa.string()),
             ("arm", pa.string()),
-            ("baseline", pa.string()),  # the arm that this one is compared with; null for that one itself
+            ("baseline", pa.string()),  # the arm that this one is compared with; null for the baseline itself
             ("preset", pa.string()),
-            ("settings_json", pa.string()),  # what differs from the preset
+            ("settings_json", pa.string()),  # the settings that differ from the preset
             ("seeds", pa.int32()),  # runs of the arm, with seeds 0, 1, ...
             ("epochs", pa.int32()),
-            ("train_rows", pa.int64()),  # of an epoch
-            ("val_accuracy", pa.float64()),  # means and standard deviations over the seeds, of each run's chosen epoch
+            ("train_rows", pa.int64()),  # per epoch
+            ("val_accuracy", pa.float64()),  # mean over the seeds, of each run's chosen epoch; _std is the deviation
             ("val_accuracy_std", pa.float64()),
             ("val_loss", pa.float64()),
             ("val_loss_std", pa.float64()),
@@ -147,14 +147,14 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("test_accuracy_std", pa.float64()),
             ("test_loss", pa.float64()),
             ("test_loss_std", pa.float64()),
-            ("turning_epoch", pa.float64()),  # of the lowest val loss, the median over the seeds
-            ("val_effect", pa.float64()),  # mean difference to the baseline's accuracy over pairs of equal seed
+            ("turning_epoch", pa.float64()),  # epoch of the lowest val loss, the median over the seeds
+            ("val_effect", pa.float64()),  # mean difference to the baseline's accuracy, paired by seed
             ("val_effect_low", pa.float64()),  # its 95 % interval
             ("val_effect_high", pa.float64()),
             ("test_effect", pa.float64()),
             ("test_effect_low", pa.float64()),
             ("test_effect_high", pa.float64()),
-            ("only_arm_right", pa.int64()),  # test images, both models of seed 0
+            ("only_arm_right", pa.int64()),  # test images that only this arm's model of seed 0 has right
             ("only_baseline_right", pa.int64()),
             ("mcnemar_p", pa.float64()),
             ("num_parameters", pa.int64()),
@@ -181,4 +181,4 @@ PROCESS_COLUMNS = (
     "exchange",
     "peak_memory_bytes",
 )
-"""Columns of `runs` that the process which trains knows and nobody else."""
+"""Columns of `runs` that only the training process can fill."""

@@ -1,8 +1,8 @@
-"""Read and write the tables of the reports.
+"""Reads and writes the Parquet tables of the reports.
 
-One file per table and run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`, or one for each split that was
-evaluated, and one writer of a file at a time: the controller of Ray Train adds `epochs` while a run trains, its driver
-writes the rest. Knows neither Ray nor torch.
+A table has one file per run, `<storage>/reports/<table>/run_id=<id>/<table>.parquet`; the tables of an evaluation have
+one per run and split. Each file has one writer at a time: the controller of Ray Train writes `epochs` while a run
+trains, the run's driver writes the rest. Imports neither Ray nor torch.
 """
 
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fashion.config import (
-    UserError,
-)
+from fashion.config import UserError
 from fashion.reports.schemas import REPORTS_FOLDER, SCHEMA_VERSION, SCHEMAS
 from fashion.storage import Storage, read_parquet
 
@@ -20,19 +18,20 @@ from fashion.storage import Storage, read_parquet
 def write_table(
     storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table, *, part: str = ""
 ) -> str:
-    """Replace the rows of `run_id` in `table`, as a whole; return the file's path as a person would write it.
+    """Replace the rows of `run_id` in `table`; return the file's path in the form that messages show.
 
-    With `part`, only the rows of that part: it has a file of its own, so that writers of other parts lose nothing.
+    With `part`, only the rows of that part (a split) are replaced. Each part has its own file, so writers of different
+    parts cannot overwrite each other's rows.
     """
-    place = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}{f'-{part}' if part else ''}.parquet")
-    storage.write_bytes(encode(table, rows), *place)
-    return storage.show(*place)
+    path = (REPORTS_FOLDER, table, f"run_id={run_id}", f"{table}{f'-{part}' if part else ''}.parquet")
+    storage.write_bytes(encode(table, rows), *path)
+    return storage.show(*path)
 
 
 def encode(table: str, rows: list[dict[str, Any]] | pa.Table) -> pa.Buffer:
-    """Return rows of `table` as a Parquet file.
+    """Return rows of `table` as the content of a Parquet file.
 
-    A missing column becomes null; an unknown one raises `ValueError`, so that no measurement is dropped in silence.
+    A missing column becomes null. An unknown column raises `ValueError`, so that no measurement is silently dropped.
     """
     schema = SCHEMAS[table]
     if isinstance(rows, list):
@@ -47,29 +46,32 @@ def encode(table: str, rows: list[dict[str, Any]] | pa.Table) -> pa.Buffer:
 
 
 def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]]:
-    """Return the rows of one run as dictionaries; an empty list when there are none."""
+    """Return the rows of one run as dictionaries; an empty list if there are none.
+
+    Raises `UserError` if a file is damaged or cannot be read.
+    """
     folder = (REPORTS_FOLDER, table, f"run_id={run_id}")
     names = [name for name in storage.list(*folder) if name.endswith(".parquet") and not name.startswith(".")]
     return [row for name in names for row in read_rows(storage, *folder, name)]
 
 
-def read_rows(storage: Storage, *place: str) -> list[dict[str, Any]]:
-    """Return the rows of one Parquet file of the table `place[1]`; raises `UserError` where it cannot be read."""
+def read_rows(storage: Storage, *path: str) -> list[dict[str, Any]]:
+    """Return the rows of one Parquet file of the table `path[1]`; raises `UserError` if the file cannot be read."""
     try:
-        table = in_schema(place[1], read_parquet(storage.read_bytes(*place)))
+        table = in_schema(path[1], read_parquet(storage.read_bytes(*path)))
         rows: list[dict[str, Any]] = table.to_pylist()
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{storage.show(*place)} cannot be read ({reason}); see to the storage") from error
-    except (ValueError, OverflowError) as error:  # a time may lie beyond the years that Python knows
-        raise UserError(f"{storage.show(*place)} is damaged ({error}); remove it") from error
+        raise UserError(f"{storage.show(*path)} cannot be read ({reason}); see to the storage") from error
+    except (ValueError, OverflowError) as error:  # Python's datetime cannot hold every Arrow timestamp
+        raise UserError(f"{storage.show(*path)} is damaged ({error}); remove it") from error
     return rows
 
 
 def in_schema(table: str, rows: pa.Table) -> pa.Table:
-    """Return rows with the columns of `table`, those that an older report lacks null, and no others.
+    """Return `rows` with exactly the columns of `table`; a column that an older report lacks becomes null.
 
-    Raises `ValueError` if a column is there twice, or holds values of another type.
+    Raises `ValueError` if a column occurs twice, or holds values of another type.
     """
     columns: list[pa.Array] = []
     for field in SCHEMAS[table]:

@@ -1,6 +1,6 @@
-"""Curves where people already look: TensorBoard event files beside a run, and an MLflow server if one is named.
+"""Sends a run's metrics to experiment trackers: TensorBoard event files beside the run, and an MLflow server if named.
 
-Those of trials are written by Ray Tune's own callbacks.
+For the trials of a search, Ray Tune's own callbacks do this.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from fashion.config import UserError, require
 
 FOLDER = "tensorboard"
 EXPERIMENT = "fashion"
-"""MLflow's experiment of single runs; a search is an experiment of its own name."""
+"""MLflow experiment of single runs; a search is an experiment named after it."""
 
 
 class TensorBoard:
     """Writes each epoch's metrics, and the settings once."""
 
     def __init__(self, folder: str, settings: dict[str, Any]) -> None:
-        """Write into the local `folder`, which is made with the first epoch."""
+        """Write into the local `folder`, which the first epoch creates."""
         self._folder = folder
         self._settings = settings
         self._writer: Any = None
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        """Add an epoch."""
+        """Add the metrics of an epoch."""
         numbers = numbers_of(metrics)
         if self._writer is None:
-            from tensorboardX import SummaryWriter  # loads torch, which whoever reads reports is spared
+            from tensorboardX import SummaryWriter  # imports torch, which readers of reports do not need
             from tensorboardX.summary import hparams
 
             self._writer = SummaryWriter(self._folder, flush_secs=1)
@@ -42,18 +42,19 @@ class TensorBoard:
 
 
 def numbers_of(columns: dict[str, Any]) -> dict[str, int | float]:
-    """Return the columns that can be plotted."""
+    """Return the entries that are numbers."""
     return {name: value for name, value in columns.items() if isinstance(value, int | float)}
 
 
 class MLflowRun:
-    """A run on an MLflow tracking server: its settings, each epoch's metrics, how it ended.
+    """A run on an MLflow tracking server: its settings, each epoch's metrics, its final status.
 
-    A resumed run goes on under its name. A server that goes away later is complained of and costs no run.
+    A resumed run continues the server's run of the same name. If the server fails after the start, the run prints a
+    warning and trains on.
     """
 
     def __init__(self, uri: str, run_id: str, settings: dict[str, Any]) -> None:
-        """Begin `run_id`, or go on with it."""
+        """Start `run_id` on the server at `uri`, or continue it."""
         from mlflow.entities import Param
 
         self._uri = uri
@@ -66,16 +67,16 @@ class MLflowRun:
         client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        """Add an epoch."""
-        with complaint(self._uri):
+        """Add the metrics of an epoch."""
+        with failure_as_warning(self._uri):
             self._log(numbers_of(metrics), int(metrics["epoch"]))
 
     def end(self, row: dict[str, Any]) -> None:
-        """Add what only the `runs` row knows, and end as it did."""
-        ends = {"completed": "FINISHED", "interrupted": "KILLED"}
-        with complaint(self._uri):
+        """Add the results of the `runs` row `row`, and set the run's final status."""
+        statuses = {"completed": "FINISHED", "interrupted": "KILLED"}
+        with failure_as_warning(self._uri):
             self._log(numbers_of({name: row.get(name) for name in ("test_accuracy", "test_loss", "wall_s")}), 0)
-            mlflow_client(self._uri).set_terminated(self._id, ends.get(row["status"], "FAILED"))
+            mlflow_client(self._uri).set_terminated(self._id, statuses.get(row["status"], "FAILED"))
 
     def _log(self, numbers: dict[str, int | float], step: int) -> None:
         from mlflow.entities import Metric
@@ -87,8 +88,8 @@ class MLflowRun:
 
 
 @contextlib.contextmanager
-def complaint(uri: str) -> Iterator[None]:
-    """Turn a failure of the server at `uri` into a line on standard error."""
+def failure_as_warning(uri: str) -> Iterator[None]:
+    """Turn a failure of the server at `uri` into a warning on standard error."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -103,8 +104,8 @@ def first_line(error: Exception) -> str:
 
 
 def mlflow_client(uri: str) -> Any:
-    """Return a client of the server at `uri`."""
-    # Its own limits would wait for minutes for a server that is not there; and nobody asked it to tell its makers.
+    """Return a client of the server at `uri`, with short timeouts and without MLflow's telemetry."""
+    # With its default limits, the client waits for minutes for a server that does not exist.
     for name, value in (("HTTP_REQUEST_MAX_RETRIES", "3"), ("HTTP_REQUEST_TIMEOUT", "30"), ("DISABLE_TELEMETRY", "1")):
         os.environ.setdefault(f"MLFLOW_{name}", value)
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Differences between recipes, against figures worked out by hand or in the literature."""
+"""Intervals and tests of differences between recipes, against results computed by hand or in the literature."""
 
 import numpy as np
 import pytest

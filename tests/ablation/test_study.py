@@ -1,4 +1,4 @@
-"""A small study for real: every arm over the same seeds, what is done is not done again, and rows that add up."""
+"""A small study: every arm runs with the same seeds, finished runs are not repeated, and the rows match their runs."""
 
 import json
 import statistics
@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from fashion.ablation import study
 from fashion.ablation.parts import PARTS, Part
-from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError
+from fashion.ablation.study import Row, Study, run_study
+from fashion.config import FaultConfig, ScaleConfig, TrainConfig, UserError, check_run_id
 from fashion.reports import tables
 from fashion.reports.runs import find_run, load_run
 from fashion.storage import Storage
@@ -22,28 +22,27 @@ ARMS = Part(
 )
 
 
-def carry_out(storage: Storage, seeds: int) -> list[study.Row]:
-    told: list[str] = []
-    [(name, rows)] = study.carry_out(
+def run_few(storage: Storage, seeds: int) -> list[Row]:
+    announced: list[str] = []
+    [(name, rows)] = run_study(
         storage,
-        "few",
-        {"arms": ARMS},
-        study.Size(seeds=seeds, epochs=2, max_train_rows=128),
+        Study(study_id="few", parts={"arms": ARMS}, seeds=seeds, epochs=2, max_train_rows=128),
         ScaleConfig(num_workers="1"),
         faults=FaultConfig(),
         source="auto",
-        announce=lambda run_id, plan: told.append(run_id),
+        announce=lambda run_id, plan: announced.append(run_id),
     )
     assert name == "arms"
-    assert told == [f"few-arms-{arm}-s{seed}" for seed in range(seeds - 1, seeds) for arm in ARMS.arms], "the new seed"
+    expected = [f"few-arms-{arm}-s{seed}" for seed in range(seeds - 1, seeds) for arm in ARMS.arms]
+    assert announced == expected, "only the new seed is trained"
     return rows
 
 
 @pytest.mark.ray
 def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, tiny_storage: Storage) -> None:
-    [alone, _] = carry_out(tiny_storage, 1)
+    [alone, _] = run_few(tiny_storage, 1)
     assert (alone["seeds"], alone["val_accuracy_std"]) == (1, None)
-    rows = carry_out(tiny_storage, 2)
+    rows = run_few(tiny_storage, 2)
     assert [(row["arm"], row["baseline"]) for row in rows] == [("plain", None), ("mirrored", "plain")]
     stored = tables.read_table(tiny_storage, "study", "few-arms")
     assert [row["test_accuracy"] for row in stored] == [row["test_accuracy"] for row in rows]
@@ -63,34 +62,32 @@ def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, t
     differences = [runs["mirrored"][k]["val_accuracy"] - runs["plain"][k]["val_accuracy"] for k in (0, 1)]
     assert mirrored["val_effect"] == pytest.approx(statistics.fmean(differences))
     assert mirrored["val_effect_low"] <= mirrored["val_effect"] <= mirrored["val_effect_high"]
-    # As many images more has one of them right as it has alone, less those that the other has alone.
+    # The difference in correct images is that between the images that only one of the two has right.
     right = [round(runs[arm][0]["test_accuracy"] * 200) for arm in ("mirrored", "plain")]
     assert mirrored["only_arm_right"] - mirrored["only_baseline_right"] == right[0] - right[1]
 
 
 def test_every_arm_is_a_recipe_that_can_be_trained() -> None:
     known = {field.name for field in fields(TrainConfig)}
-    size = study.Size(seeds=1)
+    study = Study(study_id="study", parts=PARTS, seeds=1)
     for name, part in PARTS.items():
-        configs = {arm: study.config_of(part, arm, size, seed=3) for arm in part.arms}
+        configs = {arm: study.config(name, arm, seed=3) for arm in part.arms}
         assert len(set(configs.values())) == len(configs), f"two arms of {name} are the same"
         for arm, settings in part.arms.items():
             assert set(settings) <= known
             assert configs[arm].seed == 3
             assert not part.epochs or configs[arm].epochs == part.epochs
-            study.run_id_of("study", name, arm, 99)
+            check_run_id(study.run_id(name, arm, 99))
 
 
 def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: Storage) -> None:
-    """Its runs would be compared with others of fewer rows. Runs after the study that has the name; the part before
-    that one is new, and is not begun either."""
+    """Otherwise runs of unlike sizes would be compared. This test uses the study of the test above. The first part here
+    is new, and is not begun either."""
     with pytest.raises(UserError, match=r"--study-id few has few-arms-plain-s0 .* --epochs 1 .was 2.*; .*another"):
         list(
-            study.carry_out(
+            run_study(
                 tiny_storage,
-                "few",
-                {"before": ARMS, "arms": ARMS},
-                study.Size(seeds=1, epochs=1, max_train_rows=64),
+                Study(study_id="few", parts={"before": ARMS, "arms": ARMS}, seeds=1, epochs=1, max_train_rows=64),
                 ScaleConfig(num_workers="1"),
                 faults=FaultConfig(),
                 source="auto",

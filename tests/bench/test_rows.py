@@ -1,4 +1,4 @@
-"""The rows of `jobs.bench` without Ray: what is counted, how sides take turns, what the other programs are."""
+"""The rows of `jobs.bench` without Ray: counted operations, ratios, sides that take turns, the reference programs."""
 
 import math
 import os
@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fashion.bench import peer_ddp, peer_keras, peers, startup
-from fashion.bench.measurement import Measurement, alternate, inverse, step_flops
+from fashion.bench import reference_ddp, reference_keras, reference_process, startup
+from fashion.bench.measurement import Measurement, alternate, inverse
+from fashion.bench.reference_process import ReferenceProcess
+from fashion.bench.steps import step_flops
 from fashion.config import ScaleConfig, UserError
 from fashion.data import preparation, synthetic
 from fashion.data.rows import Split
@@ -25,7 +27,7 @@ from fashion.storage import Storage
 @pytest.mark.slow
 def test_the_operations_of_a_step_are_those_that_torch_counts() -> None:
     model = FashionCNN(pixel_mean=0.3, pixel_std=0.4)
-    # In bf16, which has no way around the products that are counted.
+    # In bf16, where minimal filtering is not used: torch computes the products that are counted.
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).sum().backward()
     assert step_flops(model) * 2 == counter.get_total_flops()
@@ -48,11 +50,11 @@ def test_a_ratio_is_the_median_of_the_repeats_own() -> None:
     assert (row["ours"], row["reference"], row["repeats"], row["met"]) == (1800.0, 1800.0, 3, True)
 
 
-def test_a_reference_that_could_not_be_had_is_no_success() -> None:
+def test_a_row_without_a_reference_does_not_meet_its_target() -> None:
     assert Measurement("x", "1/h", [1.0], [math.nan], 0.9, 1).columns()["met"] is False
 
 
-def test_a_row_that_aims_at_nothing_is_not_called_met(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_without_a_target_is_not_called_met(capsys: pytest.CaptureFixture[str]) -> None:
     aims = Measurement("aims", "1/h", [2.0], [1.0], 1.5, 1)
     does_not = Measurement("does_not", "1/h", [2.0], [1.0], 0.0, 1)
     assert does_not.columns()["met"] is None
@@ -64,7 +66,7 @@ def test_a_row_that_aims_at_nothing_is_not_called_met(capsys: pytest.CaptureFixt
 
 
 class Learner:
-    """Stands where Keras' model stands; each fit takes a tenth of a second and gains a tenth."""
+    """Stands in for the Keras model: each `fit` takes 0.1 s and raises the accuracy by 0.1."""
 
     accuracy = 0.5
 
@@ -82,13 +84,13 @@ def test_keras_trains_until_the_accuracy_or_until_time_is_over(
 ) -> None:
     preparation.prepare(storage, str(lenient), val_rows=300)
     capsys.readouterr()
-    peer_keras.train_until(Learner(), storage, 8, accuracy, seconds)
+    reference_keras.train_until(Learner(), storage, 8, accuracy, seconds)
     assert len(capsys.readouterr().out.splitlines()) == epochs
 
 
 def test_the_network_under_torchrun_is_the_published_one() -> None:
-    network = peer_ddp.network()
-    assert count_parameters(network) == NUM_PARAMETERS["vgg"] == peer_keras.NUM_PARAMETERS
+    network = reference_ddp.network()
+    assert count_parameters(network) == NUM_PARAMETERS["vgg"] == reference_keras.NUM_PARAMETERS
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     assert shapes == [tuple(p.shape) for p in FashionCNN(pixel_mean=0.3, pixel_std=0.4).parameters()]
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
@@ -96,68 +98,72 @@ def test_the_network_under_torchrun_is_the_published_one() -> None:
 
 def test_rows_under_torchrun_are_those_of_the_storage() -> None:
     images, labels = synthetic.draw(20, seed=0)
-    dataset = peer_ddp.torchvision_dataset(Split(images, labels, np.arange(20, dtype=np.int32)), 0.3, 0.4)
+    dataset = reference_ddp.torchvision_dataset(Split(images, labels, np.arange(20, dtype=np.int32)), 0.3, 0.4)
     image, label = dataset[7]
     assert torch.allclose(image[0], (torch.tensor(images[7]) / 255 - 0.3) / 0.4)
     assert (image.shape, label) == ((1, 28, 28), labels[7])
-    batches = peer_ddp.DataLoader(dataset, batch_size=8)
+    batches = reference_ddp.DataLoader(dataset, batch_size=8)
     assert next(iter(batches))[0].shape == (8, 1, 28, 28)
 
 
-def test_commands_of_the_other_programs() -> None:
-    command = peers.torchrun_command("/s", 64, 2, "--tuned")
+def test_commands_of_the_reference_programs() -> None:
+    command = reference_process.torchrun_command("/s", 64, 2, "--tuned")
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert command[5:] == ["-m", "fashion.bench.peer_ddp", "--storage", "/s", "--batch-size", "64", "--tuned"]
-    assert peers.keras_command("/s", 128, "--until", "0.9")[2:] == [
-        *("fashion.bench.peer_keras", "--storage", "/s", "--batch-size", "128"),
+    assert command[5:] == ["-m", "fashion.bench.reference_ddp", "--storage", "/s", "--batch-size", "64", "--tuned"]
+    assert reference_process.keras_command("/s", 128, "--until", "0.9")[2:] == [
+        *("fashion.bench.reference_keras", "--storage", "/s", "--batch-size", "128"),
         *("--until", "0.9"),
     ]
-    flags = peers.job_flags("/s", ScaleConfig(num_workers="4", cpus_per_worker=0.5), "r", "--preset", "smoke")
+    flags = reference_process.job_flags(
+        "/s", ScaleConfig(num_workers="4", cpus_per_worker=0.5), "r", "--preset", "smoke"
+    )
     assert flags == [
         *("--storage", "/s", "--run-id", "r", "--num-workers", "4", "--cpus-per-worker", "0.5", "--use-gpu", "auto"),
         *("--preset", "smoke"),
     ]
 
 
-def test_other_programs_run_without_what_ray_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_programs_run_without_the_variables_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MALLOC_ARENA_MAX", "RANK", "RAY_AUTH_TOKEN", "OMP_NUM_THREADS", "KEPT"):
         monkeypatch.setenv(name, "1")
-    environment = peers.plain_environment(OMP_NUM_THREADS="2")
+    environment = reference_process.environment_without_ray(OMP_NUM_THREADS="2")
     assert environment["KEPT"] == "1"
     assert environment["OMP_NUM_THREADS"] == "2"
     assert not {"MALLOC_ARENA_MAX", "RANK", "RAY_AUTH_TOKEN"} & set(environment)
 
 
 def test_without_keras_the_row_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reference_process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--rows e needs Keras on TensorFlow.* --group keras"):
-        peers.require_keras("e")
+        reference_process.require_keras("e")
 
 
-def test_notes_of_a_start_are_those_of_its_slowest_process(tmp_path: Path) -> None:
+def test_a_moment_is_that_of_the_slowest_process(tmp_path: Path) -> None:
     for moment in ("loop", "step"):
-        startup.note(str(tmp_path / "notes"), moment)
-    text = (tmp_path / "notes").read_text() + "loop 5e12\n"
-    moments = startup.read_notes(text)
+        startup.record_moment(str(tmp_path / "moments"), moment)
+    text = (tmp_path / "moments").read_text() + "loop 5e12\n"
+    moments = startup.read_moments(text)
     assert moments["loop"] == 5e12
     assert moments["step"] == pytest.approx(time.time(), abs=60)
 
 
-def test_a_peer_answers_and_a_dead_one_says_why() -> None:
-    script = "from fashion.bench import peers\nfor steps in peers.questions(): peers.answer(2 * steps)"
-    with peers.Peer([sys.executable, "-c", script], dict(os.environ)) as peer:
-        assert [peer.ask(1), peer.ask(20)] == [2.0, 40.0]
+def test_a_reference_program_responds_and_one_that_exits_says_why() -> None:
+    script = (
+        "from fashion.bench.reference_process import requests, respond\nfor steps in requests(): respond(2 * steps)"
+    )
+    with ReferenceProcess([sys.executable, "-c", script], dict(os.environ)) as reference:
+        assert [reference.measure(1), reference.measure(20)] == [2.0, 40.0]
     with (
-        peers.Peer([sys.executable, "-c", "raise SystemExit('no such thing')"], dict(os.environ)) as peer,
+        ReferenceProcess([sys.executable, "-c", "raise SystemExit('no such thing')"], dict(os.environ)) as reference,
         pytest.raises(RuntimeError, match="ended: no such thing"),
     ):
-        peer.ask(1)
+        reference.measure(1)
 
 
 @pytest.mark.commands
-def test_torchrun_trains_and_answers(lenient: Path, storage: Storage) -> None:
+def test_torchrun_trains_and_responds(lenient: Path, storage: Storage) -> None:
     preparation.prepare(storage, str(lenient), val_rows=300)
-    command = peers.torchrun_command(storage.uri, 8, 1, "--tuned", "--precision", "bf16")
-    with peers.Peer(command, peers.plain_environment(OMP_NUM_THREADS="1")) as peer:
-        assert peer.ask(2) > 0
-        assert peer.ask(1) > 0
+    command = reference_process.torchrun_command(storage.uri, 8, 1, "--tuned", "--precision", "bf16")
+    with ReferenceProcess(command, reference_process.environment_without_ray(OMP_NUM_THREADS="1")) as reference:
+        assert reference.measure(2) > 0
+        assert reference.measure(1) > 0

@@ -1,4 +1,4 @@
-"""A network that is handed on: it predicts elsewhere what it predicts here, or is not handed on at all."""
+"""Export: the exported program predicts what the checkpoint does, and a destination that cannot work is refused."""
 
 import io
 import json
@@ -85,8 +85,8 @@ def test_the_program_predicts_what_the_checkpoint_does(
     weights = load_file(folder / WEIGHTS)
     assert sum(weights[name].numel() for name in weights if "pixel" not in name) == row["num_parameters"]
     card = (folder / export.CARD).read_text()
-    for told in (row["dataset_sha256"], f"{row['test_accuracy']:.4f}", f"{row['val_loss']:.4f}", "| `lr` | 0.0015 |"):
-        assert told in card, told
+    for fact in (row["dataset_sha256"], f"{row['test_accuracy']:.4f}", f"{row['val_loss']:.4f}", "| `lr` | 0.0015 |"):
+        assert fact in card, fact
 
 
 def archive_of_test(source: str, folder: Path) -> Path:
@@ -99,18 +99,18 @@ def archive_of_test(source: str, folder: Path) -> Path:
     return folder / "t10k-images-idx3-ubyte.gz"
 
 
-def test_where_it_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:
+def test_a_destination_that_cannot_work_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
-    for place, told in {
+    for place, message in {
         "full": "is not empty; name another folder",
         "file": "is a file; name a folder",
         "none/deeper": "does not exist; make it first",
         "file/deeper": "does not exist; make it first",
     }.items():
         flags = ["--storage", str(tmp_path), "--run-id", "a", "--export", str(tmp_path / place)]
-        assert_refused(call_job(evaluate.main, *flags), told)
+        assert_refused(call_job(evaluate.main, *flags), message)
     assert_refused(
         call_job(evaluate.main, "--storage", str(tmp_path), "--run-id", "a", "--export", "s3://bucket/model"),
         "is a URI; name a folder of this machine",
@@ -122,12 +122,12 @@ def test_where_it_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("images", "tta"), [(1, "none"), (7, "flip")])
-def test_any_number_of_images_fits(images: int, tta: str) -> None:
+def test_the_program_takes_any_number_of_images(images: int, tta: str) -> None:
     from fashion.training.run import build_model
 
     torch.manual_seed(0)
     classifier = export.Classifier(build_model(TrainConfig(), 0.3, 0.4), "fp32", tta).eval()
-    loaded = torch.export.load(io.BytesIO(export.program(classifier))).module()
+    loaded = torch.export.load(io.BytesIO(export.export_program(classifier))).module()
     batch = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(loaded(batch), classifier(batch))

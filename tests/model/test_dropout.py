@@ -1,4 +1,4 @@
-"""The cheap dropout against what dropout is: rate, independence, scale, gradient, and torch's own in distribution."""
+"""Dropout: its rate, independence of elements, scale and gradient, and its distribution against that of torch's own."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fashion.model.dropout import LEVELS, Dropout, keep_bits
+from fashion.model.dropout import LEVELS, Dropout, draw_mask
 
 COUNT = 1 << 20
 
@@ -14,7 +14,7 @@ COUNT = 1 << 20
 def drawn(p: float) -> Tensor:
     """Return a mask of `COUNT` elements as 0 and 1."""
     torch.manual_seed(1)
-    return keep_bits(torch.empty(COUNT), LEVELS - round(p * LEVELS)).double().neg()
+    return draw_mask(torch.empty(COUNT), LEVELS - round(p * LEVELS)).double().neg()
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.25, 0.5, 0.9])
@@ -26,18 +26,18 @@ def test_the_rate_is_what_was_asked_for(p: float) -> None:
 
 @pytest.mark.parametrize("distance", [1, 2, 3, 4, 7, 1000])
 def test_elements_are_independent(distance: int) -> None:
-    """Also those that share a 64-bit draw: the correlation of n pairs has a standard deviation of 1 / sqrt(n)."""
+    """Also elements that share a 64-bit draw. The correlation of n pairs has a standard deviation of 1 / sqrt(n)."""
     mask = drawn(0.3)
     pairs = torch.stack([mask[:-distance], mask[distance:]])
     assert abs(torch.corrcoef(pairs)[0, 1].item()) < 4 / math.sqrt(COUNT - distance)
 
 
 def test_counts_per_image_are_spread_as_torchs_are() -> None:
-    """Variance over 4,096 images of 256 elements: of a binomial count, as that of torch's own dropout."""
+    """Over 4,096 images of 256 elements, the variance is that of a binomial count, as with torch's own dropout."""
     p = 0.4
     expected = 256 * p * (1 - p)
     torch.manual_seed(2)
-    ours = keep_bits(torch.empty(4096, 256), LEVELS - round(p * LEVELS)).neg().sum(1).double().var().item()
+    ours = draw_mask(torch.empty(4096, 256), LEVELS - round(p * LEVELS)).neg().sum(1).double().var().item()
     torchs = (torch.nn.functional.dropout(torch.ones(4096, 256), p) > 0).sum(1).double().var().item()
     for variance in (ours, torchs):
         assert abs(variance / expected - 1) < 5 * math.sqrt(2 / 4096)

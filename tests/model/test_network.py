@@ -1,4 +1,4 @@
-"""The network: exactly the published layers, complete checkpoints, honest padding."""
+"""The network: exactly the published layers, normalisation inside, and each padding by its definition."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_partial_padding_rescales_by_the_share_of_valid_taps() -> None:
     with torch.no_grad():
         layer.weight.fill_(1.0)
         layer.bias.fill_(0.5)
-    # A constant image: a mean over the valid taps is the same everywhere, so no border shows.
+    # For a constant image, the mean over the valid taps is the same everywhere, so the border has no effect.
     output = layer(torch.full((1, 1, 5, 5), 2.0))
     assert torch.allclose(output, torch.full((1, 1, 5, 5), 18.5))
     assert layer.ratio[0, 0, 0, 0].item() == pytest.approx(9 / 4)
@@ -141,7 +141,7 @@ def test_learned_padding_adds_two_parameters_per_convolution(depth: Depth, expec
 @pytest.mark.parametrize("size", [3, 14])
 @pytest.mark.parametrize(("border", "as_padding"), [((1.0, 1.0), "zeros"), ((1.5, 2.25), "partial")])
 def test_learned_padding_holds_the_other_two(size: int, border: tuple[float, float], as_padding: str) -> None:
-    """To the bit in fp32, where the bias is added as a step of its own, which torch's own layer need not do."""
+    """Equal to the bit in fp32. torch's own layer may fuse the bias, so it is compared with a tolerance."""
     torch.manual_seed(1)
     learned, partial = LearnedConv2d(3, 4, size), PartialConv2d(3, 4, size)
     if as_padding == "partial":
@@ -159,7 +159,7 @@ def test_learned_padding_holds_the_other_two(size: int, border: tuple[float, flo
 
 
 def test_learned_factors_get_the_gradients_of_their_places() -> None:
-    """By the definition: the output without bias, times what comes back, summed over edges and over corners."""
+    """By the definition: the output without bias times its gradient, summed over edges and over corners."""
     torch.manual_seed(1)
     layer = LearnedConv2d(3, 4, 5)
     x, back = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
@@ -195,7 +195,7 @@ def test_paddings_differ_only_near_the_border() -> None:
 
 
 def plainly(model: FashionCNN, images: torch.Tensor) -> torch.Tensor:
-    """The published network as it is read: ReLU after each convolution, then pooling, then a flattening."""
+    """Return the logits, computed plainly: ReLU after each convolution, then pooling, then flattening."""
     x = (images.float() / 255.0 - model.pixel_mean) / model.pixel_std
     for block in ((model.conv1, model.conv2, model.conv3), (model.conv4, model.conv5, model.conv6)):
         for layer in block:
@@ -218,7 +218,7 @@ def test_the_quick_forward_and_its_gradients_are_those_of_the_plain_one(precisio
             logits = forward(images)
         F.cross_entropy(logits.float(), torch.arange(6)).backward()
         found.append((logits, *(parameter.grad for parameter in model.parameters())))
-    # Not bit for bit: convolutions may add in another order where their input lies in another order.
+    # Not bit for bit: convolutions may add in another order if their input has another memory layout.
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     for quick, plain in zip(*found, strict=True):
         assert quick is not None
@@ -228,7 +228,7 @@ def test_the_quick_forward_and_its_gradients_are_those_of_the_plain_one(precisio
 
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (2, 3, 0, 1)])
 def test_the_flattening_hands_back_a_gradient_in_the_order_of_its_input(order: tuple[int, ...]) -> None:
-    """The values are the plain one's; the order is what spares max-pooling its copies."""
+    """The values are those of the plain flattening; the memory order spares max-pooling its copies."""
     inverse = [order.index(axis) for axis in range(4)]
     x = torch.randn(3, 8, 7, 7).permute(order).contiguous().permute(inverse)
     weights = torch.randn(3, 8 * 7 * 7)

@@ -1,4 +1,4 @@
-"""Several runs writing their reports at once, and readers that scan whole tables all the while."""
+"""Several runs write their reports at once while readers scan whole tables."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ RUNS, EPOCHS = 8, 60
 # What a run's driver writes: an `epochs` table that grows, its row again and again, and a table at the end.
 WRITE = """
 import sys, time
-from fashion.reports import tables as report
+from fashion.reports import tables
 from fashion.training.metrics import epoch_rows
 from fashion.storage import open_storage
 
@@ -32,23 +32,23 @@ for epoch in range(1, epochs + 1):
     for split in ("train", "val"):
         metrics |= {f"{split}_loss": 1 / epoch, f"{split}_accuracy": 0.5, f"{split}_rows": 100}
     rows += epoch_rows(metrics)
-    report.write_table(storage, "epochs", run_id, rows)
-    report.write_table(storage, "runs", run_id, [{"status": "running", "epochs_done": epoch}])
+    tables.write_table(storage, "epochs", run_id, rows)
+    tables.write_table(storage, "runs", run_id, [{"status": "running", "epochs_done": epoch}])
     time.sleep(0.1)
-report.write_table(storage, "runs", run_id, [{"status": "completed", "epochs_done": epochs}])
+tables.write_table(storage, "runs", run_id, [{"status": "completed", "epochs_done": epochs}])
 """
 
 
 @pytest.fixture
 def writers(storage: Storage) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Eight processes that write; the readers begin when each has left a row."""
+    """Eight writing processes; the test begins when each has written a row."""
     started = [
         subprocess.Popen([sys.executable, "-c", WRITE, storage.uri, f"run-{number}", str(EPOCHS)], cwd=ROOT)
         for number in range(RUNS)
     ]
     deadline = time.monotonic() + 60
     while len(runs.list_runs(storage)) < RUNS:
-        assert time.monotonic() < deadline, "they do not write"
+        assert time.monotonic() < deadline, "the writers do not write"
         time.sleep(0.01)
     yield started
     for process in started:
@@ -59,7 +59,7 @@ def writers(storage: Storage) -> Iterator[list[subprocess.Popen[bytes]]]:
 def test_readers_see_every_run_whole_while_eight_write(
     storage: Storage, writers: list[subprocess.Popen[bytes]]
 ) -> None:
-    """Three readers that open a file once; each table of a run is the one before or the one after, never going back."""
+    """Three readers: each sees a run's table before or after a write, never a part of it, never an older one again."""
     folder = Path(storage.path(schemas.REPORTS_FOLDER, "epochs"))
     seen = dict.fromkeys((f"run-{number}" for number in range(RUNS)), 0)
     scans = 0

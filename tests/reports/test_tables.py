@@ -1,4 +1,4 @@
-"""Reports: fixed schemas, whole files, one call reads a table in pandas and in DuckDB."""
+"""Reports: tables have fixed schemas, files appear whole, and one call reads a table in pandas and in DuckDB."""
 
 import shutil
 import threading
@@ -51,7 +51,7 @@ def test_rows_come_back_as_written(storage: Storage) -> None:
 
 
 def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
-    """So that two evaluations at once, of two splits, never write over each other's rows."""
+    """So evaluations of two splits at the same time never overwrite each other's rows."""
     for split, counts in (("val", [1]), ("test", [2, 3]), ("val", [4])):
         tables.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
     assert storage.list("reports", "confusion", "run_id=a") == ["confusion-test.parquet", "confusion-val.parquet"]
@@ -60,7 +60,7 @@ def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
     assert len(pd.read_parquet(f"{storage.uri}/reports/confusion")) == 3
 
 
-def test_a_column_that_nobody_agreed_on_is_refused(storage: Storage) -> None:
+def test_an_unknown_column_is_refused(storage: Storage) -> None:
     with pytest.raises(ValueError, match="table epochs has no column acuracy"):
         tables.write_table(storage, "epochs", "a", [{"acuracy": 0.5}])
     assert not storage.exists("reports")
@@ -77,7 +77,7 @@ def test_whole_tables_in_pandas_and_duckdb(storage: Storage) -> None:
     assert duckdb.sql(query).fetchall() == [("one", 2), ("two", 2)]
 
 
-def test_files_say_which_schema_they_follow(storage: Storage) -> None:
+def test_files_carry_the_version_of_their_schema(storage: Storage) -> None:
     path = tables.write_table(storage, "runs", "a", [{"status": "running", "started_at": datetime.now(UTC)}])
     assert pq.read_schema(path).metadata[b"schema_version"] == b"1"
 
@@ -108,7 +108,7 @@ def test_readers_never_see_a_part(storage: Storage) -> None:
     assert len(set(seen)) >= 5
 
 
-def test_a_run_that_is_not_there_is_named_with_those_that_are(storage: Storage) -> None:
+def test_a_missing_run_is_refused_and_the_existing_ones_are_named(storage: Storage) -> None:
     with pytest.raises(UserError, match="there are none yet"):
         runs.load_run(storage, "x")
     tables.write_table(storage, "runs", "a", [{"status": "running"}])
@@ -125,7 +125,7 @@ def test_a_damaged_report_is_named(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"lr": "fast"}', '{"droput": 1}', "[" * 100_000])
-def test_settings_that_no_run_has_are_refused(storage: Storage, text: str | None) -> None:
+def test_damaged_settings_of_a_run_are_refused(storage: Storage, text: str | None) -> None:
     tables.write_table(storage, "runs", "a", [{"status": "running", "config_json": text}])
     with pytest.raises(UserError, match="run_id=a is damaged: config_json cannot be used"):
         runs.stored_config(storage, "a")
@@ -164,7 +164,7 @@ def test_the_source_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert hash_now() in seen
 
 
-def test_other_code_than_that_of_the_row_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_resumed_by_other_code_prints_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     provenance.warn_of_other_code("a", {"source_hash": provenance.source_hash()})
     assert capsys.readouterr().err == ""
     provenance.warn_of_other_code("a", {"source_hash": "0" * 64})
@@ -192,7 +192,7 @@ def test_confusion_and_class_rows_equal_a_count_by_hand() -> None:
         assert row["f1"] == pytest.approx(2 * row["precision"] * row["recall"] / (row["precision"] + row["recall"]))
 
 
-def test_a_class_that_is_never_predicted_has_figures_of_zero() -> None:
+def test_a_class_that_is_never_predicted_has_metrics_of_zero() -> None:
     matrix = classification.confusion_matrix(np.array([3], np.uint8), np.array([4], np.uint8))
     rows = classification.class_rows(matrix)
     assert (rows[3]["recall"], rows[4]["precision"], rows[5]["f1"]) == (0, 0, 0)

@@ -1,9 +1,10 @@
-"""The published recipe as a Keras script: a `Sequential` network of the same layers, `model.fit`, Adam, fp32.
+"""A reference program: the published recipe in Keras, a `Sequential` network of the same layers, `fit`, Adam, fp32.
 
-    python -m fashion.bench.peer_keras --storage DIR [--until 0.9304 --max-seconds 3600]
+    python -m fashion.bench.reference_keras --storage DIR [--until 0.9304 --max-seconds 3600]
 
-With `--until` it trains on all 60,000 rows until the test accuracy is reached, a line an epoch; else it waits for what
-`fashion.bench.peers` says. Keras and TensorFlow are the dependency group `keras`; nothing else loads them.
+With `--until` the program trains on all 60,000 rows until the test accuracy is reached, and prints a line per epoch.
+Otherwise it reads requests from its standard input; see `fashion.bench.reference_process`. Keras and TensorFlow are the
+dependency group `keras`; no other module imports them.
 """
 
 import argparse
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fashion.bench import peers
+from fashion.bench import reference_process
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, preset
 from fashion.data.manifest import load_manifest
 from fashion.data.rows import joined
 from fashion.data.splits import load_split
 from fashion.storage import Storage, open_storage
 
-NUM_PARAMETERS = 7_001_194  # of model.NUM_PARAMETERS, which would load torch
+NUM_PARAMETERS = 7_001_194  # as model.network.NUM_PARAMETERS, whose import would load torch
 ACCURACY = "test accuracy: "
 
 
@@ -53,14 +54,14 @@ def compiled_network() -> Any:
 
 
 def rows_of(storage: Storage, *splits: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return the images (N, 28, 28, 1) in 0..1 and the labels (N,) of some splits together."""
+    """Return the images (N, 28, 28, 1) float32 in 0..1 and the labels (N,) uint8 of `splits` together."""
     manifest = load_manifest(storage)
     rows = joined(*(load_split(storage, manifest, split) for split in splits))
     return (rows.images[..., np.newaxis] / np.float32(255)).astype(np.float32), rows.labels
 
 
-def answer_questions(model: Any, storage: Storage, batch_size: int) -> None:
-    """Answer each question with the images/s of one `fit`, from the begin of its epoch to its end."""
+def respond_to_requests(model: Any, storage: Storage, batch_size: int) -> None:
+    """Respond to each request with the images/s of one `fit`, timed from the begin of its epoch to its end."""
     import keras
 
     images, labels = rows_of(storage, "train")
@@ -69,14 +70,14 @@ def answer_questions(model: Any, storage: Storage, batch_size: int) -> None:
         on_epoch_begin=lambda epoch, logs: moments.append(time.perf_counter()),
         on_epoch_end=lambda epoch, logs: moments.append(time.perf_counter()),
     )
-    for steps in peers.questions():
+    for steps in reference_process.requests():
         chosen = np.random.default_rng(len(moments)).permutation(len(labels))[: steps * batch_size]
         model.fit(images[chosen], labels[chosen], batch_size=batch_size, verbose=0, callbacks=[clock])
-        peers.answer(len(chosen) / (moments[-1] - moments[-2]))
+        reference_process.respond(len(chosen) / (moments[-1] - moments[-2]))
 
 
 def train_until(model: Any, storage: Storage, batch_size: int, accuracy: float, max_seconds: float) -> None:
-    """Train until the test accuracy is at least `accuracy`, or time is over; print it after each epoch."""
+    """Train until the test accuracy is at least `accuracy`, or `max_seconds` have passed; print it after each epoch."""
     started = time.perf_counter()
     images, labels = rows_of(storage, "train", "val")
     test = rows_of(storage, "test")
@@ -88,7 +89,7 @@ def train_until(model: Any, storage: Storage, batch_size: int, accuracy: float, 
 
 
 def main() -> None:
-    """Parse, build, train."""
+    """Parse, build the network, train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", required=True)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -99,7 +100,7 @@ def main() -> None:
     if flags.until:
         train_until(model, storage, flags.batch_size, flags.until, flags.max_seconds)
     else:
-        answer_questions(model, storage, flags.batch_size)
+        respond_to_requests(model, storage, flags.batch_size)
 
 
 if __name__ == "__main__":

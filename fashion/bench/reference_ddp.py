@@ -1,8 +1,8 @@
-"""Plain DDP as its users write it, for `torchrun`: torchvision's dataset, a `DataLoader`, a `DistributedSampler`.
+"""A reference program: plain DDP as users write it, under `torchrun`, with torchvision's dataset and a `DataLoader`.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 -m fashion.bench.peer_ddp --storage DIR
+    python -m torch.distributed.run --standalone --nproc-per-node=2 -m fashion.bench.reference_ddp --storage DIR
 
-Waits on rank 0's standard input for what `fashion.bench.peers` says.
+Rank 0 reads requests from its standard input; see `fashion.bench.reference_process`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fashion.bench import peers
+from fashion.bench import reference_process
 from fashion.config import NUM_CLASSES
 from fashion.data import splits
 from fashion.data.manifest import load_manifest
@@ -43,10 +43,10 @@ def network() -> nn.Sequential:
 
 
 def torchvision_dataset(split: Split, mean: float, std: float) -> Dataset[tuple[Tensor, int]]:
-    """Return torchvision's `FashionMNIST` over rows of the storage: the rows that the job trains on.
+    """Return torchvision's `FashionMNIST` over `split`, the rows that the job trains on.
 
-    Its own `__getitem__` makes a PIL image of each row and transforms it; only where its arrays come from is replaced,
-    since it wants the official files unpacked in a folder of its own.
+    Its own `__getitem__` makes a PIL image of each row and transforms it. Only the loading of the arrays is replaced,
+    because the original reads the official files from a folder of its own.
     """
     from torchvision import transforms
     from torchvision.datasets import FashionMNIST, VisionDataset
@@ -63,7 +63,7 @@ def torchvision_dataset(split: Split, mean: float, std: float) -> Dataset[tuple[
 
 
 def endless(dataset: Dataset[tuple[Tensor, int]], batch_size: int) -> Iterator[Batch]:
-    """Yield this rank's batches for ever. The loader has no processes of its own: training fills the cores."""
+    """Yield this rank's batches for ever. The loader starts no processes, because training uses all cores."""
     sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(dataset, shuffle=True)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=True)
     epoch = 0
@@ -73,11 +73,11 @@ def endless(dataset: Dataset[tuple[Tensor, int]], batch_size: int) -> Iterator[B
         epoch += 1
 
 
-def questions_to_all() -> Iterator[int]:
-    """Yield what rank 0 is asked, on every rank."""
-    asked = peers.questions() if dist.get_rank() == 0 else iter(())
+def requests_on_all_ranks() -> Iterator[int]:
+    """Yield, on every rank, the requests that rank 0 reads."""
+    received = reference_process.requests() if dist.get_rank() == 0 else iter(())
     while True:
-        steps = [next(asked, 0)]
+        steps = [next(received, 0)]
         dist.broadcast_object_list(steps)
         if not steps[0]:
             return
@@ -85,7 +85,7 @@ def questions_to_all() -> Iterator[int]:
 
 
 def main() -> None:
-    """Train as many steps as is asked for, and answer with the images/s of all ranks."""
+    """Train the requested number of steps, and respond with the images/s of all ranks; repeat for each request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", required=True)
     parser.add_argument("--batch-size", type=int, default=128, help="rows a step, of all workers")
@@ -102,7 +102,7 @@ def main() -> None:
     rows = splits.load_split(storage, manifest, "train")
     dataset = torchvision_dataset(rows, manifest.pixel_mean, manifest.pixel_std)
     batches = endless(dataset, flags.batch_size // dist.get_world_size())
-    for steps in questions_to_all():
+    for steps in requests_on_all_ranks():
         dist.barrier()
         started = time.perf_counter()
         for _ in range(steps):
@@ -115,7 +115,7 @@ def main() -> None:
             optimizer.step()
         dist.barrier()
         if dist.get_rank() == 0:
-            peers.answer(steps * flags.batch_size / (time.perf_counter() - started))
+            reference_process.respond(steps * flags.batch_size / (time.perf_counter() - started))
     dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
-"""Programs that `jobs.bench` measures the job against: how they are started, asked, and stopped.
+"""Starts, times and stops the reference programs that `jobs.bench` compares the job with.
 
-A peer waits for lines on its standard input. Each is a number of steps to train; it answers with a line of images/s.
-At the end of its input it ends. Standard library alone, so that a peer loads no more than it needs itself.
+A reference program reads requests from its standard input, one per line: a number of steps to train. To each it
+responds with a line that holds its images/s. It exits at the end of its input. This module imports the standard library
+only, so that a reference program loads nothing that it does not need itself.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ from typing import Self
 from fashion.config import RAY_ENVIRONMENT, ScaleConfig, flag, require
 
 ROOT = Path(__file__).resolve().parents[2]
-ANSWER = "images/s: "
-SECONDS_TO_END = 60.0
-# What Ray, or this project's way to start it, sets for its workers; a user's own program runs without.
+RATE_PREFIX = "images/s: "
+SECONDS_TO_EXIT = 60.0
+# Environment variables that Ray sets for its workers, or that this project sets for Ray. A user's own program runs
+# without them.
 SET_BY_RAY = {
     *RAY_ENVIRONMENT,
     *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MASTER_PORT"),
@@ -31,23 +33,16 @@ SET_BY_RAY = {
 
 
 def torchrun_command(storage: str, batch_size: int, num_workers: int, *style: str) -> list[str]:
-    """Return the command of the DDP script under torchrun; `style` are further flags of `fashion.bench.peer_ddp`."""
+    """Return the command of `fashion.bench.reference_ddp` under torchrun; `style` are further flags of the program."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
-    return [*launcher, "-m", "fashion.bench.peer_ddp", "--storage", storage, "--batch-size", str(batch_size), *style]
+    flags = ["--storage", storage, "--batch-size", str(batch_size), *style]
+    return [*launcher, "-m", "fashion.bench.reference_ddp", *flags]
 
 
 def keras_command(storage: str, batch_size: int, *until: str) -> list[str]:
-    """Return the command of the Keras script; `until` are further flags of `fashion.bench.peer_keras`."""
-    return [
-        sys.executable,
-        "-m",
-        "fashion.bench.peer_keras",
-        "--storage",
-        storage,
-        "--batch-size",
-        str(batch_size),
-        *until,
-    ]
+    """Return the command of `fashion.bench.reference_keras`; `until` are further flags of the program."""
+    flags = ["--storage", storage, "--batch-size", str(batch_size), *until]
+    return [sys.executable, "-m", "fashion.bench.reference_keras", *flags]
 
 
 def job_flags(storage: str, scale: ScaleConfig, run_id: str, *more: str) -> list[str]:
@@ -62,7 +57,7 @@ def has_keras() -> bool:
 
 
 def require_keras(row: str) -> None:
-    """Raise `UserError` unless Keras is there."""
+    """Raise `UserError` unless Keras, which the row `row` needs, is installed."""
     require(
         has_keras(),
         f"--rows {row} needs Keras on TensorFlow, which is not installed (it runs on Linux, x86-64, Python 3.11 to "
@@ -70,18 +65,18 @@ def require_keras(row: str) -> None:
     )
 
 
-def plain_environment(**settings: str) -> dict[str, str]:
-    """Return this process' environment without what belongs to Ray, and `settings`."""
+def environment_without_ray(**settings: str) -> dict[str, str]:
+    """Return this process' environment without the variables of Ray, and with `settings`."""
     kept = {k: v for k, v in os.environ.items() if k not in SET_BY_RAY and not k.startswith("RAY_")}
     return kept | settings
 
 
-class Peer:
-    """A program that is asked for its rate; within the `with` block it lives."""
+class ReferenceProcess:
+    """A running reference program. A context manager: the program is stopped at the end of the `with` block."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self._command = command
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the peer
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -92,19 +87,22 @@ class Peer:
             cwd=ROOT,
         )
 
-    def ask(self, steps: int) -> float:
-        """Return the images/s of the next `steps` steps. Raises `RuntimeError`, with its last words, if it is gone."""
+    def measure(self, steps: int) -> float:
+        """Return the images/s of the next `steps` steps.
+
+        Raises `RuntimeError`, with the end of the program's standard error, if the program has exited.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # there will be no answer either
+        with contextlib.suppress(BrokenPipeError):  # the program has exited; the loop below finds no response
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
-            if line.startswith(ANSWER):
-                return float(line.removeprefix(ANSWER))
+            if line.startswith(RATE_PREFIX):
+                return float(line.removeprefix(RATE_PREFIX))
         self._process.wait()
         self._errors.seek(0)
-        raise RuntimeError(f"{' '.join(self._command)} ended: {last_words(self._errors.read())}")
+        raise RuntimeError(f"{' '.join(self._command)} ended: {tail_of(self._errors.read())}")
 
     def __enter__(self) -> Self:
         return self
@@ -113,32 +111,35 @@ class Peer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._process.communicate(timeout=SECONDS_TO_END)
+            self._process.communicate(timeout=SECONDS_TO_EXIT)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.communicate()
         self._errors.close()
 
 
-def questions() -> Iterator[int]:
-    """Yield, in the peer, the numbers of steps that it is asked for."""
+def requests() -> Iterator[int]:
+    """Yield the requested numbers of steps. Called by a reference program."""
     for line in sys.stdin:
         yield int(line)
 
 
-def answer(rate: float) -> None:
-    """Answer, in the peer, with images/s."""
-    print(f"{ANSWER}{rate}", flush=True)
+def respond(rate: float) -> None:
+    """Respond to a request with `rate` in images/s. Called by a reference program."""
+    print(f"{RATE_PREFIX}{rate}", flush=True)
 
 
 def run_and_read(command: list[str], environment: dict[str, str]) -> list[str]:
-    """Run a program to its end; return the lines it printed. Raises `RuntimeError` with its last words if it fails."""
+    """Run a program to its end; return the lines that it printed.
+
+    Raises `RuntimeError`, with the end of its standard error, if it fails.
+    """
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {last_words(done.stderr)}")
+        raise RuntimeError(f"{' '.join(command)} failed: {tail_of(done.stderr)}")
     return done.stdout.splitlines()
 
 
-def last_words(errors: str) -> str:
-    """Return the end of what a program wrote to its standard error, in one line."""
+def tail_of(errors: str) -> str:
+    """Return the last 1000 characters of a program's standard error as one line."""
     return " ".join(errors.split())[-1000:]
