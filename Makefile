@@ -12,7 +12,7 @@ SPLIT ?= test
 OUT ?= results/report.html
 REFIT ?= yes
 ARGS ?=
-LANES ?= 5
+LANES ?= 4
 
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python -m
@@ -95,7 +95,7 @@ pytest := $(if $(PROCESSOR),env $(or $(as_$(PROCESSOR)),$(error PROCESSOR=$(PROC
 # Then lanes side by side, which wait for Ray more than they compute; at last, alone, what measures time or memory.
 test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-bf16 as another processor would
 	@$(pytest) -n auto --dist worksteal -m quick
-	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadgroup --no-loadscope-reorder -m "not quick and not quiet"
+	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "not quick and not quiet"
 	@$(pytest) -m quiet
 
 test-quick: setup ## Run what can be run after each edit: under a minute

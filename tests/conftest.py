@@ -39,38 +39,62 @@ def real_source() -> str:
 SLOW = ("slow", "commands", "ray", "cluster", "hosts", "faults", "quiet")
 # Tests of one lane run one after the other in one process and share what is costly to start: a Ray cluster, a head
 # node, hosts. Lanes run side by side, the longest first: most of their time is waiting for processes to start and end.
-LANES = ("hosts", "elastic", "faults", "s3", "distributed", "search", "heads", "others", "commands")
+# By file, and where a test of a file has another lane, by its name. Any other test runs beside all others.
+LANES = {
+    "tests/distributed/test_hosts.py": "hosts",
+    "tests/distributed/test_faults.py": "faults",
+    "tests/distributed/test_trainer.py": "distributed",
+    "tests/search/test_search.py": "search",
+    "tests/test_storage_s3.py": "s3",
+    "test_a_run_shrinks_with_its_cluster_and_grows_again": "elastic",
+    "test_ray_up_exec_and_down": "elastic",
+    "tests/cluster/test_submit.py": "heads",
+    "tests/inference/test_export.py": "others",
+    "tests/ablation/test_study.py": "others",
+    "tests/cluster/test_preflight.py": "others",
+    "tests/distributed/test_interfaces.py": "others",
+    "tests/jobs/test_commands.py": "commands",
+}
+# They import Ray, which takes as long as many quick tests.
+IMPORT_RAY = {f"test_{name}.py" for name in ("export", "preflight", "search", "study", "trainer")}
 
 
-def lane_of(item: pytest.Item) -> str:
-    """Return the lane of a test; an empty string for one that can run beside any other."""
-    marks = {mark.name: mark for mark in item.iter_markers()}
-    if "lane" in marks:
-        return str(marks["lane"].args[0])
-    if "ray" in marks:
-        return item.path.parent.name if item.path.parent.name in LANES else "others"
-    kinds = {"hosts": "hosts", "cluster": "heads", "faults": "faults", "commands": "commands"}
-    return next((lane for mark, lane in kinds.items() if mark in marks), "")
+def lane_of(nodeid: str) -> str:
+    """Return the lane of a test, which is a lane of its own if it needs none."""
+    file, _, name = nodeid.partition("::")
+    return LANES.get(name.partition("[")[0]) or LANES.get(file) or nodeid
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark the quick tests, give the others their lanes, the longest first, before xdist reads the marks."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each lane to one process. xdist's own groups are not told apart under pytest 9."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane_of(nodeid)
+
+    return Lanes(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick tests, and put the longest lanes first."""
     for item in items:
         if not any(item.get_closest_marker(name) for name in SLOW):
+            assert item.path.name not in IMPORT_RAY, (
+                f"{item.nodeid} needs the mark ray: quick tests leave its file unread"
+            )
             item.add_marker("quick")
-        elif lane := lane_of(item):
-            item.add_marker(pytest.mark.xdist_group(lane))
-    order = {lane: number for number, lane in enumerate(LANES)}
-    items.sort(key=lambda item: order.get(lane_of(item), len(order)))
-    return (yield)
+    order = {lane: number for number, lane in enumerate(dict.fromkeys(LANES.values()))}
+    items.sort(key=lambda item: order.get(lane_of(item.nodeid), len(order)))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave Ray's modules unread where only the quick tests are wanted: to import Ray takes as long as many of them."""
-    names = ("export", "preflight", "search", "study", "trainer")
-    import_ray = [f"test_{name}.py" for name in names]
-    return True if config.option.markexpr == "quick" and collection_path.name in import_ray else None
+    """Leave Ray's modules unread where only the quick tests are wanted."""
+    return True if config.option.markexpr == "quick" and collection_path.name in IMPORT_RAY else None
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,6 @@ from fashion.training.checkpoint_manager import CheckpointManager
 MOTO = "moto[server]==5.2.5"
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.lane("s3"),
     pytest.mark.timeout(900),
     pytest.mark.usefixtures("nothing_is_left", "moto"),
 ]

@@ -13,6 +13,8 @@ from fashion.reports import tables
 from fashion.reports.runs import find_run, load_run
 from fashion.storage import Storage
 
+pytestmark = pytest.mark.ray
+
 ARMS = Part(
     preset="smoke",
     arms={
@@ -38,7 +40,6 @@ def run_few(storage: Storage, seeds: int) -> list[Row]:
     return rows
 
 
-@pytest.mark.ray
 def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, tiny_storage: Storage) -> None:
     [alone, _] = run_few(tiny_storage, 1)
     assert (alone["seeds"], alone["val_accuracy_std"]) == (1, None)

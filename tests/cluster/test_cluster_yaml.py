@@ -180,7 +180,6 @@ def launchers_files() -> set[Path]:
 
 
 @pytest.mark.hosts
-@pytest.mark.lane("elastic")
 @pytest.mark.skipif(bool(why_no_ssh()), reason=why_no_ssh() or "ssh")
 def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: Path) -> None:
     launch, head, worker = machines.hosts

@@ -172,7 +172,6 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     whole.kill(lost)
 
 
-@pytest.mark.lane("elastic")
 def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
     epochs = 16
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]

@@ -21,6 +21,8 @@ from fashion.storage import Storage, open_storage
 from fashion.training.checkpoint import MANIFEST, WEIGHTS, manifest_of
 from jobs import evaluate
 
+pytestmark = pytest.mark.ray
+
 OUTSIDE = """
 import gzip, json, sys
 import torch
@@ -46,7 +48,6 @@ def whole_test(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     return storage
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_program_predicts_what_the_checkpoint_does(
     precision: Precision, ray_cluster: None, request: pytest.FixtureRequest, small_archives: Path, tmp_path: Path
