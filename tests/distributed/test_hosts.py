@@ -59,10 +59,10 @@ def alive(cluster: Hosts) -> dict[str, str]:
     return {node["node_ip"]: node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
 
-def submission(name: str, module: str, *flags: str, settings: Sequence[str] = ()) -> list[str]:
-    """Return the command that submits a job as `fashion.cluster.head` does, with `settings` of Ray, and follows it."""
+def submission(name: str, module: str, *flags: str) -> list[str]:
+    """Return the command that submits a job as `fashion.cluster.head` does, and follows it."""
     submit = ["ray", "job", "submit", f"--address={DASHBOARD}", f"--submission-id={name}", f"--working-dir={ROOT}"]
-    return [*submit, "--", "env", *settings, "python", "-m", module, *flags]
+    return [*submit, "--", "python", "-m", module, *flags]
 
 
 def train_flags(
@@ -93,10 +93,9 @@ def test_every_host_is_one_of_its_own(cluster: Hosts) -> None:
     assert strange.returncode != 0, "a node that does not know the token is let in"
 
 
-def start(cluster: Hosts, name: str, module: str, *flags: str, settings: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Submit a job and leave it running; its log is a file named after it in the hosts' folder."""
-    log = log_of(cluster, name)
-    return cluster.popen(cluster.head, *submission(name, module, *flags, settings=settings), log=log)
+def start(cluster: Hosts, name: str, module: str, *flags: str, **settings: str) -> subprocess.Popen[bytes]:
+    """Start a job on the head, with `settings` of Ray; its log is a file named after it in the hosts' folder."""
+    return cluster.popen(cluster.head, "python", "-m", module, *flags, log=log_of(cluster, name), **settings)
 
 
 def log_of(cluster: Hosts, name: str) -> Path:
@@ -159,8 +158,8 @@ def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: S
 def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, tiny_storage: Storage) -> None:
     """The notice that a cloud gives of a spot machine: checkpoints come of epochs' ends and of the notice alone."""
     flags = [*train_flags(tiny_storage, "warned"), "--global-batch-size=8", "--checkpoint-every-s=1000000"]
-    watched = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S=1")
-    job = start(whole, "warned", "jobs.train", *flags, settings=watched)
+    watched = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    job = start(whole, "warned", "jobs.train", *flags, **watched)
     wait_for(lambda: tables.read_table(tiny_storage, "epochs", "warned"), "first epoch")
     lost = host_of(whole, "ray::RayTrainWorker")
     drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
