@@ -12,7 +12,7 @@ SPLIT ?= test
 OUT ?= results/report.html
 REFIT ?= yes
 ARGS ?=
-LANES ?= 4
+LANES ?= 3
 
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python -m

@@ -52,10 +52,7 @@ def main(argv: Sequence[str]) -> None:
             run_id,
             flags.train,
             flags.scale,
-            faults=flags.faults,
-            source=flags.source,
-            resume=goes_on,
-            mlflow=flags.mlflow,
+            options=trainer.RunOptions(faults=flags.faults, source=flags.source, resume=goes_on, mlflow=flags.mlflow),
             announce=lambda plan: console.print_plan("run", run_id, storage.uri, plan.lines()),
         )
     except trainer.RunFailed as error:

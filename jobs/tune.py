@@ -75,10 +75,7 @@ def main(argv: Sequence[str]) -> None:
             flags.space,
             base,
             flags.scale,
-            source=flags.source,
-            resume=goes_on,
-            refit=flags.refit,
-            mlflow=flags.mlflow,
+            options=search.SearchOptions(source=flags.source, resume=goes_on, refit=flags.refit, mlflow=flags.mlflow),
             announce=lambda plan: console.print_plan("search", search_id, storage.uri, plan.lines()),
         )
     except search.SearchFailed as error:

@@ -80,10 +80,9 @@ def run_study(
                     run_id,
                     study.config(name, arm, seed),
                     scale,
-                    faults=faults,
-                    source=source,
-                    resume=find_run(storage, run_id) is not None,
-                    kind="study",
+                    options=trainer.RunOptions(
+                        faults=faults, source=source, resume=find_run(storage, run_id) is not None, kind="study"
+                    ),
                     announce=functools.partial(announce, run_id),
                 )
             rows = part_rows(storage, study, name, seed + 1)

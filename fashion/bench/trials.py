@@ -40,7 +40,7 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
     with tempfile.TemporaryDirectory() as folder:
         scratch = open_storage(folder)
         Path(folder, "data").symlink_to(storage.path("data"))
-        search.search(scratch, "bench", config, base, one_at_a_time, source="auto")
+        search.search(scratch, "bench", config, base, one_at_a_time, options=search.SearchOptions(source="auto"))
         runs = [load_run(scratch, f"bench-{name_of(number)}") for number in range(repeats + 1)]
     bare = bare_loops(storage, replace(base, epochs=2), one_at_a_time, repeats)
     trials = [run["wall_s"] for run in runs[1:]]

@@ -45,6 +45,23 @@ SECONDS_BETWEEN_WIDTHS = 30.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is started, which changes none of its numbers."""
+
+    source: str = "auto"
+    """Where the data comes from if the storage holds none yet."""
+    resume: bool = False
+    """Go on with the run of that name."""
+    kind: str = "train"
+    """Column of its row: train, refit (the winner of a search) or study."""
+    search_id: str = ""
+    """Column of its row: the search whose winner it trains."""
+    mlflow: str = ""
+    """Address of an MLflow server that is told of each epoch."""
+    faults: FaultConfig = FaultConfig()  # noqa: RUF009 - it is frozen
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """What a run is made of: where it is kept, its settings, its workers, its data, and the servers that hear of it."""
@@ -82,35 +99,28 @@ def train(
     run_id: str,
     config: TrainConfig,
     scale: ScaleConfig,
-    *,
-    faults: FaultConfig = FaultConfig(),  # noqa: B008 - it is frozen
-    source: str = "auto",
-    resume: bool = False,
-    kind: str = "train",
-    search_id: str = "",
-    mlflow: str = "",
+    options: RunOptions = RunOptions(),
     announce: Callable[[Plan], None] = lambda plan: None,
 ) -> TrainResult:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
-    Prepares the data from `source` if the storage holds none, and connects to Ray. `kind` and `search_id` are columns
-    of its row: the winner of a search is trained as its `refit`. `mlflow` is the address of a server that hears of it.
-    `announce` is given the plan before anything starts. Raises `UserError` for what the user can mend and
-    `RunFailed` for a run that failed; the reports say the same.
+    Prepares the data if the storage holds none, and connects to Ray. `announce` is given the plan before anything
+    starts. Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports say the
+    same.
     """
     scale.check_batch(config.global_batch_size)
-    if mlflow:
-        check_mlflow(mlflow)
-    earlier = earlier_life(storage, run_id, config, resume)
+    if options.mlflow:
+        check_mlflow(options.mlflow)
+    earlier = earlier_life(storage, run_id, config, options.resume)
     if earlier.get("status") == "completed":
         return TrainResult(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
-    manifest = find_manifest(storage) or preparation.prepare(storage, source)[0]
-    check_source(storage, manifest, source)
+    manifest = find_manifest(storage) or preparation.prepare(storage, options.source)[0]
+    check_source(storage, manifest, options.source)
     check_same_data(storage, manifest, earlier)
     storage.check_writable(schemas.RUNS_FOLDER, schemas.REPORTS_FOLDER)
     with NameLock(storage, schemas.RUNS_FOLDER, run_id, "--run-id"):
-        earlier = earlier_life(storage, run_id, config, resume)  # somebody may have had it until now
-        if resume:
+        earlier = earlier_life(storage, run_id, config, options.resume)  # somebody may have had it until now
+        if options.resume:
             provenance.warn_of_other_code(run_id, earlier)
         connection.connect()
         check_every_node_sees(storage)
@@ -119,9 +129,10 @@ def train(
         for split in SPLITS:
             splits.load_split(storage, manifest, split)  # a damaged file is found before anything is written
         # Before the row: a server that refuses leaves none that would say "running" for ever.
-        tracked = [MLflowRun(mlflow, run_id, config.to_dict())] if mlflow else []
-        identity = {"kind": kind, "search_id": search_id or None}
-        return carry_out(RunSpec(storage, run_id, config, plan, manifest, tracked, faults), identity | earlier)
+        tracked = [MLflowRun(options.mlflow, run_id, config.to_dict())] if options.mlflow else []
+        identity = {"kind": options.kind, "search_id": options.search_id or None}
+        spec = RunSpec(storage, run_id, config, plan, manifest, tracked, options.faults)
+        return carry_out(spec, identity | earlier)
 
 
 def earlier_life(storage: Storage, run_id: str, config: TrainConfig, resume: bool) -> dict[str, Any]:

@@ -62,57 +62,81 @@ class SearchResult:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a search is started, which changes none of its numbers."""
+
+    source: str = "auto"
+    """Where the data comes from if the storage holds none yet."""
+    resume: bool = False
+    """Go on with the search of that name."""
+    refit: bool = False
+    """Afterwards train the winner on all rows and evaluate it once on test."""
+    mlflow: str = ""
+    """Address of an MLflow server that is told of every trial, as an experiment named like the search, and of the
+    refit."""
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """What a search is made of: where it is kept, the settings that are not searched, its size, its data."""
+
+    storage: Storage
+    search_id: str
+    base: TrainConfig
+    scale: SearchScale
+    plan: SearchPlan
+    manifest: Manifest
+    options: SearchOptions
+
+
 def search(
     storage: Storage,
     search_id: str,
     config: SearchConfig,
     base: TrainConfig,
     scale: SearchScale,
-    *,
-    source: str = "auto",
-    resume: bool = False,
-    refit: bool = False,
-    mlflow: str = "",
+    options: SearchOptions = SearchOptions(),
     announce: Callable[[SearchPlan], None] = lambda plan: None,
 ) -> SearchResult:
-    """Run or continue a search; with `refit`, train the winner on all rows and evaluate it once on test.
+    """Run or continue a search.
 
-    `base` gives the settings that are not searched. `mlflow` is the address of a server that hears of every trial, as
-    an experiment named like the search, and of the refit. `announce` is given the plan before anything starts. Raises
+    `base` gives the settings that are not searched. `announce` is given the plan before anything starts. Raises
     `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports say the same.
     """
     scale.check_workers(config.workers_per_trial)
-    if mlflow:
-        check_mlflow(mlflow)
+    if options.mlflow:
+        check_mlflow(options.mlflow)
     base = trial_base(config, base, scale)
-    if resume:
+    if options.resume:
         check_same_search(storage, search_id, config, base)
     else:
         check_new_search(storage, search_id)
-    manifest = find_manifest(storage) or preparation.prepare(storage, source)[0]
-    check_source(storage, manifest, source)
-    if resume:
+    manifest = find_manifest(storage) or preparation.prepare(storage, options.source)[0]
+    check_source(storage, manifest, options.source)
+    if options.resume:
         check_same_data(storage, manifest, read_state(storage, search_id))
     storage.check_writable(schemas.SEARCHES_FOLDER, schemas.REPORTS_FOLDER)
     with NameLock(storage, schemas.SEARCHES_FOLDER, search_id, "--search-id"):
-        if not resume:
+        if not options.resume:
             check_new_search(storage, search_id)  # somebody may have had the name until now
         connection.connect()
         check_every_node_sees(storage)
         plan = make_search_plan(config, base, scale, manifest)
         announce(plan)
+        spec = SearchSpec(storage, search_id, base, scale, plan, manifest, options)
         identity = trainer.identity_columns(base, manifest)
         write_state(storage, search_id, config, base, identity)
         store = TrialStore(storage, search_id, config, identity, base.to_dict())
         points = pending_points(store)
         if points:
-            run_trials(storage, search_id, store, points, base, scale, plan, manifest, mlflow)
+            run_trials(spec, store, points)
     trials = store.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
     if trials[0].score < 0:
         raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
-    refitted = refit_winner(storage, search_id, trials[0], base, scale, plan, source, mlflow) if refit else None
+    refitted = refit_winner(spec, trials[0]) if options.refit else None
     return SearchResult(trials, refitted, was_finished=not points)
 
 
@@ -123,28 +147,19 @@ def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> T
     return replace(base, epochs=config.max_epochs, stop_after=0, seed=config.seed)
 
 
-def run_trials(
-    storage: Storage,
-    search_id: str,
-    store: TrialStore,
-    points: list[dict[str, Any]],
-    base: TrainConfig,
-    scale: SearchScale,
-    plan: SearchPlan,
-    manifest: Manifest,
-    mlflow: str,
-) -> None:
+def run_trials(spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]]) -> None:
     """Run `points` on Ray Tune and write down what becomes of each; the trials' checkpoints are gone afterwards."""
     quieten_tune()
+    storage, search_id, base, scale, plan = spec.storage, spec.search_id, spec.base, spec.scale, spec.plan
     config = store.config
-    shared = shared_by_trials(storage, search_id, config, base, plan, manifest)
+    shared = shared_by_trials(storage, search_id, config, base, plan, spec.manifest)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
-    if mlflow:
+    if spec.options.mlflow:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        loggers.append(MLflowLoggerCallback(mlflow, experiment_name=search_id))
+        loggers.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=search_id))
     tuner = ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
@@ -214,37 +229,26 @@ def remove_checkpoints(storage: Storage, search_id: str, store: TrialStore) -> N
         storage.delete_folder(schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
 
 
-def refit_winner(
-    storage: Storage,
-    search_id: str,
-    winner: Trial,
-    base: TrainConfig,
-    scale: SearchScale,
-    plan: SearchPlan,
-    source: str,
-    mlflow: str,
-) -> trainer.TrainResult:
+def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
     """Train the winner's settings on all rows, val included, for the epochs chosen on val; evaluate once on test."""
     assert winner.best is not None, "the winner has an epoch"
     config = replace(
-        TrainConfig.from_dict(base.to_dict() | winner.settings),
+        TrainConfig.from_dict(spec.base.to_dict() | winner.settings),
         hold_out_val=False,
         max_train_rows=0,
         stop_after=int(winner.best["epoch"]),
     )
-    run_id = f"{search_id}-refit"
-    return trainer.train(
-        storage,
-        run_id,
-        config,
-        ScaleConfig(
-            num_workers=str(scale.refit_workers),
-            cpus_per_worker=scale.cpus_per_worker,
-            use_gpu="yes" if plan.trial.use_gpu else "no",
-        ),
-        source=source,
-        resume=runs.find_run(storage, run_id) is not None,
-        kind="refit",
-        search_id=search_id,
-        mlflow=mlflow,
+    scale = ScaleConfig(
+        num_workers=str(spec.scale.refit_workers),
+        cpus_per_worker=spec.scale.cpus_per_worker,
+        use_gpu="yes" if spec.plan.trial.use_gpu else "no",
     )
+    run_id = f"{spec.search_id}-refit"
+    options = trainer.RunOptions(
+        source=spec.options.source,
+        resume=runs.find_run(spec.storage, run_id) is not None,
+        kind="refit",
+        search_id=spec.search_id,
+        mlflow=spec.options.mlflow,
+    )
+    return trainer.train(spec.storage, run_id, config, scale, options)

@@ -82,7 +82,7 @@ def train(
     storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig, **options: Any
 ) -> trainer.TrainResult:
     """Train as the command does, on the data that was prepared, be it real or the stand-in."""
-    return trainer.train(storage, run_id, config, scale, source=real_source(), **options)
+    return trainer.train(storage, run_id, config, scale, trainer.RunOptions(source=real_source(), **options))
 
 
 def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
