@@ -29,7 +29,7 @@ from pyarrow import fs as pafs
 from fashion.cluster.lock import NameLock
 from fashion.config import UserError
 from fashion.reports import runs, tables
-from fashion.reports.page import sections as plots
+from fashion.reports.page import reading
 from fashion.storage import Storage, open_storage
 from fashion.training.checkpoint_manager import CheckpointManager
 
@@ -240,7 +240,7 @@ def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
     writer.start()
     try:
         seen = {len(tables.read_table(place, "epochs", "mine")) for _ in range(40)}
-        seen |= {len(rows) for _ in range(40) for _, rows in plots.read_files(place, "epochs")}
+        seen |= {len(rows) for _ in range(40) for _, rows in reading.read_files(place, "epochs")}
     finally:
         over.set()
         writer.join()
