@@ -105,6 +105,19 @@ def test_every_package_has_its_layer_and_modules_have_their_size() -> None:
     }
     assert top - {"__init__"} == set(PACKAGES)
     assert len(list((ROOT / "fashion").glob("*.py"))) <= 6
+    for folder in {path.parent for path in (ROOT / "fashion").rglob("*.py")} - {ROOT / "fashion"}:
+        assert len(list(folder.glob("*.py"))) <= 9 + 1, folder  # and __init__
+    for path in [*(ROOT / "fashion").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_functions_fit_a_screen_and_take_few_parameters() -> None:
+    for path in [*(ROOT / "fashion").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                taken = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([name for name in taken if name not in ("self", "cls")]) <= 8, (path, node.name)
+                assert (node.end_lineno or 0) - node.lineno < 60, (path, node.name)
 
 
 def test_the_library_never_imports_a_job_and_jobs_never_each_other() -> None:
