@@ -1,162 +1,179 @@
-"""Every command and query that README and docs show, read from the text: targets, flags, columns and files exist."""
+"""README.md and docs/*.md: every command parses, every query runs over small reports, every path exists.
 
-import ast
-import importlib
-import importlib.util
+The last tests prove on made-up lines that a wrong flag, target, column or path is found.
+"""
+
+import json
 import re
-import shlex
-import subprocess
-from collections.abc import Iterator
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import pandas as pd
+import pyarrow as pa
 import pytest
 from conftest import ROOT
+from documents import MAKEFILE, complaints, shell_lines
 
-from fashion import cli
-from fashion.config import UserError
-from fashion.reports import tables
+from fashion.config import TrainConfig
+from fashion.reports import runs, tables
 from fashion.reports.schemas import SCHEMAS
+from fashion.search import state
+from fashion.search.space import SearchConfig
 from fashion.storage import open_storage
 
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
-
-def blocks(page: str, language: str) -> list[str]:
-    """Return the fenced blocks of a page in a language; '' for commands."""
-    return [code for found, code in BLOCK.findall((ROOT / page).read_text()) if found == language]
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a Markdown text, in fenced blocks and between backticks."""
-    fenced = "\n".join(code for language, code in BLOCK.findall(text) if not language)
-    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
-    for line in [*fenced.splitlines(), *spans]:
-        for part in re.split(r" && |; ", re.sub(r"\s+# .*", "", line.strip())):
-            words = shlex.split(part, comments=False) if part.count("'") % 2 == 0 else []
-            if words and (words[0] == "make" or "-m" in words):
-                yield words
-
-
-def check_command(words: list[str]) -> None:
-    """Raise unless make knows the target, and the job that is run knows all flags."""
-    if words[0] == "make":
-        if len(words) < 2 or "=" in words[1]:
-            return
-        for line in made(words[1:]):
-            check_job(line)
-    else:
-        check_job(words[words.index("-m") + 1 :])
-
-
-def made(arguments: list[str]) -> list[list[str]]:
-    """Return the commands that a target of make runs."""
-    if arguments[0] in ("help", "setup", "check", "fmt", "test", "test-quick", "clean", "up", "down", "quickstart"):
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert arguments[0] in targets, arguments
-        return []
-    command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", "RUN=", "RUN_ID=a", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-    assert done.returncode == 0, (arguments, done.stderr)
-    recipe = done.stdout.replace("\\\n", " ")
-    lines = [shlex.split(line) for line in recipe.splitlines() if re.match(r"\s*(jobs|fashion)\.", line)]
-    assert lines, (arguments, done.stdout)
-    return lines
-
-
-def check_job(words: list[str]) -> None:
-    """Raise `UserError` if a job does not know its flags; other modules must exist."""
-    if words[0] == "fashion.cluster.head":
-        words = words[2:]
-    module = importlib.import_module(words[0]) if words[0].startswith("jobs.") else None
-    if module is None:
-        assert words[0] in ("pytest", "ray.util.state") or importlib.util.find_spec(words[0]), words
-        assert all((ROOT / word).exists() for word in words[1:] if word.endswith(".py")), words
-        return
-    flags = [word for word in words[1:] if word not in ("...", "…")]
-    if "--help" in flags or not flags:
-        return
-    cli.parse(module.Flags, flags, prog=words[0], description="")
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_are_taken(page: str) -> None:
-    for words in commands_in((ROOT / page).read_text()):
-        check_command(words)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "`make trian`",
-        "`make train LR=fast`",
-        "```\npython -m jobs.train --lerning-rate 1\n```",
-        "```\nray job submit -- python -m jobs.tune --num-sample 3\n```",
-    ],
-)
-def test_a_wrong_command_is_found(text: str) -> None:
-    [words] = commands_in(text)
-    with pytest.raises((UserError, AssertionError)):
-        check_command(words)
-
-
-VALUES: dict[str, Any] = {"string": "a", "double": 0.5, "float": 0.5, "bool": True}
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `results/reports`, one row in each table."""
-    folder = tmp_path_factory.mktemp("docs")
+def small_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `results`, small reports of a run, a trial and all else, and with `docs`, the recorded ones."""
+    folder = tmp_path_factory.mktemp("reader")
     storage = open_storage(str(folder / "results"))
-    for table, schema in SCHEMAS.items():
-        row = {field.name: VALUES.get(str(field.type), 1) for field in schema}
-        row |= {name: None for name in row if name.endswith("_at")}
-        row |= {"probabilities": [0.1] * 10} if "probabilities" in row else {}
-        tables.write_table(storage, table, "a", [row])
+    config_json = json.dumps(TrainConfig().to_dict())
+    special: dict[str, Any] = {"search_id": "mine", "label": 1, "predicted": 2, "config_json": config_json}
+    for table in SCHEMAS:
+        for run_id, kind, split in (("mine", "train", "test"), ("mine-t0000", "trial", "val")):
+            row = {field.name: example(field.type) for field in SCHEMAS[table]}
+            row |= special | {"kind": kind, "split": split}
+            tables.write_table(storage, table, run_id, [{name: row[name] for name in SCHEMAS[table].names}])
+    assert runs.stored_config(storage, "mine") == TrainConfig()
+    told = {"dataset": "fashion-mnist", "dataset_sha256": "", "source_hash": ""}
+    state.write_state(storage, "mine", SearchConfig(), TrainConfig(), told)
+    (folder / "docs").symlink_to(ROOT / "docs")
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_queries_run(page: str, reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(reports)
-    for code in blocks(page, "sql"):
-        for query in filter(str.strip, code.split(";")):
-            duckdb.sql(query).fetchall()
-    for code in blocks(page, "python"):
-        tree = ast.parse(code)
-        if "results/reports" in code:
-            exec(compile(tree, page, "exec"), {})
-    assert len(pd.read_parquet("results/reports/runs")) == 1
+def example(kind: pa.DataType) -> Any:
+    """Return a value of an Arrow type."""
+    if pa.types.is_timestamp(kind):
+        return datetime.now(UTC)
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind):
+        return [0.1] * 10
+    if pa.types.is_string(kind):
+        return "some"
+    return True if pa.types.is_boolean(kind) else 0.5 if pa.types.is_floating(kind) else 1
 
 
-def test_a_wrong_column_is_found(reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(reports)
-    with pytest.raises(duckdb.BinderException):
-        duckdb.sql("SELECT val_acuracy FROM read_parquet('results/reports/runs/**/*.parquet')")
+@pytest.fixture
+def reader(small_reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the folder with the small reports the working directory."""
+    monkeypatch.chdir(small_reports)
 
 
-def test_columns_are_all_told() -> None:
-    text = (ROOT / "docs" / "reports.md").read_text()
-    for table, schema in SCHEMAS.items():
-        section = text[text.index(f"**{table}**") :]
-        assert [name for name in schema.names if f"| `{name}` |" not in section] == [], table
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_a_document_says_can_be_done(name: str) -> None:
+    path = ROOT / name
+    assert complaints(path.read_text(), path.parent) == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_that_are_named_exist(page: str) -> None:
-    text = (ROOT / page).read_text()
-    named = re.findall(r"`((?:fashion|jobs|tests|docs)/[\w./-]*)`", text)
-    linked = [(ROOT / page).parent / link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
-    assert [str(path) for path in [*(ROOT / name for name in named), *linked] if not path.exists()] == []
+def test_every_target_and_every_job_is_in_a_document() -> None:
+    text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+    targets = re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.MULTILINE)
+    assert [target for target in targets if not re.search(rf"make {target}\b", text)] == []
 
 
-def test_the_readme_is_read_in_five_minutes() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
     assert len(lines) <= 200
-    assert next(number for number, line in enumerate(lines, 1) if line.startswith("make ")) <= 15
-    assert next(number for number, line in enumerate(lines, 1) if line.startswith("ray job submit")) <= 60
-    rows = [line for line in lines if line.startswith("| `") and "study" in line]
-    assert all(re.search(r"\| (n = 1|\d+)", row) for row in rows)
+    assert max(map(len, lines)) <= 120
+    assert [line for number, line in shell_lines(text) if number <= 15]
+    assert any("ray job submit" in line for number, line in shell_lines(text) if number <= 60)
+
+
+def test_the_readme_has_one_table_of_results_that_says_n() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Results")[2].partition("\n## ")[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    assert head == ["what", "figure", "n", "spread", "hardware"]
+    assert 1 <= len(rows) <= 8
+    assert all(len(row) == len(head) for row in rows)
+    assert all(row[2] == "n = 1" or int(row[2].split()[0]) >= 3 for row in rows)
+
+
+def columns_told(text: str) -> dict[str, list[str]]:
+    """Return the columns in the tables below the headings that name a table of the reports."""
+    sections = re.split(r"^### `(\w+)`$", text, flags=re.MULTILINE)[1:]
+    found = dict(zip(sections[::2], sections[1::2], strict=True))
+    return {
+        table: re.findall(r"^\| `(\w+)` \|", re.split(r"^##", body, flags=re.MULTILINE)[0], flags=re.MULTILINE)
+        for table, body in found.items()
+    }
+
+
+def test_every_column_is_explained() -> None:
+    told = columns_told((ROOT / "docs" / "reports.md").read_text())
+    assert told == {table: schema.names for table, schema in SCHEMAS.items()} and list(told) != []
+
+
+WRONG = {
+    "```\nmake trian\n```": "No rule to make target 'trian'",
+    "```\nmake train EPOCH=3\n```": "no variable EPOCH",
+    "```\nmake evaluate RUN_ID=mine LR=3\n```": "LR=3 changes nothing",
+    "```\nmake evaluate\n```": "--run-id",
+    '```\nmake train ARGS="--erasing 0.1"\n```': "--erasing",
+    "```\nmake train RUN_ID=other ARGS=--resume\n```": "--run-id other does not exist",
+    "A table: | `make study PARTS=paddings` |": "--parts paddings does not exist",
+    "```\nmake help && make bench ARGS='--rows a,z'\n```": "--rows z does not exist",
+    "```\npython -m jobs.trian\n```": "no module jobs.trian",
+    "```\nLR=1 .venv/bin/python -m jobs.train --padding round\n```": "'round'",
+    "```\nray job submit --working-dir . -- python -m jobs.train --gpu yes\n```": "--gpu",
+    "```\nray start\n```": "ray start is not known",
+    "```\nray up cluster.yml cluster2.yaml\n```": "cluster2.yaml does not exist",
+    "```\nkubectl apply -f jobs/job.yaml\n```": "jobs/job.yaml does not exist",
+    "```\nuv sync --group kera\n```": "no group kera",
+    "```\npython -m fashion.cluster.head start\n```": "does not know start",
+    "```\nmkae train\n```": "mkae is no command",
+    "`pytest tests/test_nothing.py`": "tests/test_nothing.py does not exist",
+    "`pytest tests/jobs/test_docs.py::test_nothing`": "test_nothing does not exist",
+    '`pytest -m "not rays"`': "no marker rays",
+    "`--emma-decay 0.9`": "no job has the flag --emma-decay",
+    "`--ema-decay 9`": "--ema-decay 9.0 must lie in",
+    "`EPOCHEN=3`": "nobody reads the variable EPOCHEN",
+    "`fashion/nothing.py`": "fashion/nothing.py does not exist",
+    "`nothing/`": "nothing/ does not exist",
+    "[a guide](docs/nothing.md)": "docs/nothing.md leads nowhere",
+    "```sql\nSELECT acuracy FROM read_parquet('results/reports/runs/**/*.parquet')\n```": "acuracy",
+    "```sql\nSELECT 1;\nSELECT run_id FROM read_parquet('results/reports/runs/**/*.parquet') WHERE lr > 9\n```": "lr",
+    "```sql\nSELECT 1 WHERE 1 = 2\n```": "finds nothing",
+    "```python\nimport pandas as pd\n\npd.read_parquet('results/reports/runs')['val_acuracy']\n```": "val_acuracy",
+    "```python\nimport torch\n\ntorch.export.lode('model.pt2')\n```": "lode",
+}
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_is_found(text: str) -> None:
+    (found,) = complaints(text)
+    assert WRONG[text] in found
+
+
+def test_a_column_that_is_not_explained_is_found() -> None:
+    text = "### `confusion`\n\n| column | unit |\n|---|---|\n| `split` | |\n| `labl` | |\n\n## Else\n\n| `x` | |\n"
+    assert columns_told(text) == {"confusion": ["split", "labl"]}
+
+
+RIGHT = """
+Text with `make`, `images/s`, `results/report.html`, `runs/<id>/`, `--first '{"lr": 0.001}'`, `make down up`,
+`--num-workers 2:8`, `fashion/config.py` and [a page](https://example.org/x).
+
+```
+export RAY_ADDRESS=http://HEAD:8265
+make train PRESET=best ARGS="--erase 0.1"   # with a remark; and its sign
+make train RUN_ID=mine ARGS=--resume
+.venv/bin/python -m jobs.tune --search-id mine --resume
+make test
+```
+
+```text
+<storage>/anything
+```
+"""
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_is_right_passes() -> None:
+    assert complaints(RIGHT) == []

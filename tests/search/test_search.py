@@ -248,6 +248,7 @@ def test_a_tracking_server_that_does_not_answer_is_refused_beforehand(prepared: 
     assert not prepared.exists("searches", "untold")
 
 
+@pytest.mark.quiet
 def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=1000, max_epochs=2, grace_epochs=2)
     scale = replace(ONE_AT_A_TIME, time_budget_s=15)
