@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     flags = cli.parse(Flags, argv, prog="python -m jobs.report", description=__doc__ or "")
     run_ids = [name.strip() for name in flags.run_id.split(",") if name.strip()]
-    from fashion.reports.page import sections
+    from fashion.reports.page.build import build_page
     from fashion.storage import open_storage
 
     out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None
-    written = sections.build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
+    written = build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
     print(f"{len(written)} file(s) in {time.perf_counter() - started:.1f} s")
     if png is not None:
         print(f"figures: {png.absolute()}")

@@ -25,8 +25,7 @@ from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.data.splits import split_paths
 from fashion.reports import classification, tables
-from fashion.reports.page import drawing as draw
-from fashion.reports.page import mistakes, reading, run_figures, search_figures, sections
+from fashion.reports.page import build, matplotlib_png, predictions, reading, runs, searches, studies
 from fashion.storage import Storage, open_storage
 from jobs.report import main
 
@@ -217,38 +216,38 @@ def val_epochs(*losses: float) -> list[dict[str, Any]]:
     [((3, 2, 1), None), ((3, 1, 2), 2), ((1, 1, 2), 1), ((3, float("nan"), 2, 2.5), 3), ((1,), None), ((), None)],
 )
 def test_the_turning_point_is_the_lowest_val_loss_unless_it_comes_last(losses: Any, turn: int | None) -> None:
-    assert run_figures.turning_point(val_epochs(*losses)) == turn
+    assert runs.turning_epoch(val_epochs(*losses)) == turn
 
 
 def test_curves_mark_both_turning_points_or_say_why_not(full: Storage) -> None:
     epochs = reading.load_reports(full).epochs
-    long = run_figures.learning_curves(1, "long", epochs["long"])
+    long = runs.learning_curves(1, "long", epochs["long"])
     assert [panel.title.split()[0] for panel in long.panels] == ["Loss", "Accuracy"]
     for panel in long.panels:
-        assert [(mark.x, mark.label) for mark in panel.marks] == [
-            (8, "val loss turns: epoch 8"),
+        assert [(line.x, line.label) for line in panel.vertical_lines] == [
+            (8, "lowest val loss: epoch 8"),
             (10, "published: epoch 10"),
         ]
         # One above the other, on the side that the curves leave free: falling from the top, or rising to it.
-        free = [mark.height > 0.5 for mark in panel.marks]
+        free = [line.label_height > 0.5 for line in panel.vertical_lines]
         assert free == [panel.title.startswith("Loss")] * 2
-        assert abs(panel.marks[0].height - panel.marks[1].height) >= 0.1 - 1e-9
+        assert abs(panel.vertical_lines[0].label_height - panel.vertical_lines[1].label_height) >= 0.1 - 1e-9
         assert [(series.name, len(series.x)) for series in panel.series] == [("train", 14), ("val", 14)]
         assert len({(series.style.dash, series.style.marker) for series in panel.series}) == 2
-    short = run_figures.learning_curves(2, "short", epochs["short"])
-    assert not short.panels[0].marks
+    short = runs.learning_curves(2, "short", epochs["short"])
+    assert not short.panels[0].vertical_lines
     assert "lowest at the last epoch. The published turning point, epoch 10, lies beyond" in short.caption
 
 
 def test_what_asha_saved_equals_a_count_by_hand(full: Storage) -> None:
     (search,) = reading.load_reports(full).searches
     trials = search.trials
-    spent, cost, saved = search_figures.spent_epochs(search)
+    spent, cost, saved = reading.spent_epochs(search)
     assert (len(trials), search.max_epochs, cost) == (15, FULL, 90)
     assert spent == sum(row["epochs_done"] for row in trials) == 40
     assert saved == sum(FULL - row["epochs_done"] for row in trials if row["status"] == "stopped") == 34
     assert search.rungs == list(RUNGS)
-    caption = search_figures.savings(1, search).caption
+    caption = searches.saved_epochs(1, search).caption
     assert "would have cost 90 epochs; the search spent 40 (44%). ASHA's stops saved 34; 16 were not run" in caption
 
 
@@ -262,21 +261,21 @@ def test_the_best_trial_did_not_fail(full: Storage) -> None:
 
 def test_settings_are_known_fields_that_vary() -> None:
     trials = [{"lr": 1e-3, "dropout_fc": 0.1, "padding": "zeros", "seed": 1, "shoe_size": 1}] * 2
-    assert search_figures.searched_settings(trials) == []
+    assert reading.searched_settings(trials) == []
     other = {"lr": 1e-2, "dropout_fc": 0.1, "padding": "reflect", "seed": 2, "shoe_size": 2, "depth": None}
-    assert search_figures.searched_settings([trials[0], other]) == ["lr", "padding"]
+    assert reading.searched_settings([trials[0], other]) == ["lr", "padding"]
 
 
 def test_scales_of_parallel_axes() -> None:
-    assert search_figures.scaled("lr", [1e-4, 1e-3, 1e-2]) == (pytest.approx([0, 0.5, 1]), "0.0001", "0.01")
-    assert search_figures.scaled("dropout_fc", [0.0, 0.1, 0.4]) == (pytest.approx([0, 0.25, 1]), "0", "0.4")
-    assert search_figures.scaled("padding", ["zeros", "reflect"]) == ([1, 0], "reflect", "zeros")
-    assert search_figures.scaled("lr", [0.1, 0.1])[0] == [0, 0]
+    assert searches.normalise("lr", [1e-4, 1e-3, 1e-2]) == (pytest.approx([0, 0.5, 1]), "0.0001", "0.01")
+    assert searches.normalise("dropout_fc", [0.0, 0.1, 0.4]) == (pytest.approx([0, 0.25, 1]), "0", "0.4")
+    assert searches.normalise("padding", ["zeros", "reflect"]) == ([1, 0], "reflect", "zeros")
+    assert searches.normalise("lr", [0.1, 0.1])[0] == [0, 0]
 
 
 def test_an_axis_leaves_out_far_off_points_and_says_so() -> None:
-    assert search_figures.without_outliers([0.90, 0.91, 0.92, 0.93, 0.94]) == (None, "")
-    (low, high), text = search_figures.without_outliers([0.1, 0.90, 0.905, 0.91, 0.92, 0.93])
+    assert searches.limits_without_outliers([0.90, 0.91, 0.92, 0.93, 0.94]) == (None, "")
+    (low, high), text = searches.limits_without_outliers([0.1, 0.90, 0.905, 0.91, 0.92, 0.93])
     assert 0.89 < low < 0.90
     assert high > 0.93
     assert text == f" The axis leaves out 1 point(s) below {low:.3f}."
@@ -287,14 +286,14 @@ def test_a_search_without_any_result_still_has_a_section(storage: Storage) -> No
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     storage.write_bytes(sink.getvalue(), "reports", "trials", "run_id=s", "trials.parquet")
-    html = sections.make_page(storage, reading.load_reports(storage), with_pngs=False).html
+    html = build.make_page(storage, reading.load_reports(storage), with_pngs=False).html
     assert "Search s" in html
     assert "2 error" in html
 
 
 def test_a_study_shows_each_difference_with_its_interval(full: Storage) -> None:
     rows = reading.load_reports(full).studies["cures"]
-    figure = run_figures.study_effects(1, "cures", rows)
+    figure = studies.effects_figure(1, "cures", rows)
     assert figure is not None
     (panel,) = figure.panels
     assert sorted(panel.y_ticks.values()) == ["dropout: " + NASTY, "dropout: more"]
@@ -303,11 +302,11 @@ def test_a_study_shows_each_difference_with_its_interval(full: Storage) -> None:
     assert means["test"].hover[0] == "dropout, more - published: test accuracy +0.31 points (-0.21 to +0.83)"
     assert means["test"].hover[1].endswith("test accuracy -2.00 points"), "one seed has no interval"
     assert means["val, 95 %"].x == pytest.approx([0.31, 0.53])
-    assert run_figures.study_effects(1, "cures", [row for row in rows if row["part"] == "seed"]) is None
+    assert studies.effects_figure(1, "cures", [row for row in rows if row["part"] == "seed"]) is None
 
 
 def test_a_studys_table_says_what_was_compared(full: Storage) -> None:
-    html = sections.make_page(full, reading.load_reports(full, ["cures"]), with_pngs=False).html
+    html = build.make_page(full, reading.load_reports(full, ["cures"]), with_pngs=False).html
     text = Reader(html).text
     assert "Study cures" in text and "Learning curves" not in text
     line = [cell.strip() for cell in text[text.index("dropout_fc 0.65") :].split("\n") if cell.strip()]
@@ -322,7 +321,7 @@ def test_a_studys_table_says_what_was_compared(full: Storage) -> None:
 
 def test_the_surest_mistakes_come_first(full: Storage) -> None:
     ((_, rows),) = reading.read_files(full, "predictions", "long")
-    found = mistakes.find_mistakes(rows, "test")
+    found = predictions.find_mistakes(rows, "test")
     assert found is not None
     wrong = [row for row in rows.to_pylist() if row["label"] != row["predicted"]]
     assert found.total == len(wrong) == 42
@@ -330,12 +329,12 @@ def test_the_surest_mistakes_come_first(full: Storage) -> None:
     assert found.index.tolist() == [row["index"] for row in wrong[:24]]
     assert found.probability[0] == pytest.approx(0.99)
     assert found.label_probability[0] == pytest.approx(0.001)
-    assert mistakes.find_mistakes(rows, "val") is None
+    assert predictions.find_mistakes(rows, "val") is None
 
 
 def test_images_are_encoded_without_loss() -> None:
     image = np.random.default_rng(0).integers(0, 256, (28, 28)).astype(np.uint8)
-    png = draw.gray_png(image)
+    png = matplotlib_png.encode_gray_png(image)
     assert struct.unpack(">II", png[16:24]) == (28, 28)
     size = struct.unpack(">I", png[33:37])[0]
     lines = np.frombuffer(zlib.decompress(png[41 : 41 + size]), np.uint8).reshape(28, 29)
@@ -345,16 +344,16 @@ def test_images_are_encoded_without_loss() -> None:
 
 def test_missing_pixels_are_explained(full: Storage, storage: Storage, small_archives: Path) -> None:
     run = {"dataset_sha256": "1" * 64}
-    assert "not what the run was trained on" in mistakes.find_pixels(full, run, "test", [0])
-    assert "holds no prepared data" in mistakes.find_pixels(storage, run, "test", [0])
+    assert "not what the run was trained on" in predictions.load_images(full, run, "test", [0])
+    assert "holds no prepared data" in predictions.load_images(storage, run, "test", [0])
     sha256 = load_manifest(full).sha256
-    assert "that the prepared test split lacks" in mistakes.find_pixels(
+    assert "that the prepared test split lacks" in predictions.load_images(
         full, {"dataset_sha256": sha256}, "test", [9999]
     )
     manifest, _ = prepare_small(storage, small_archives)
     for path in split_paths(storage, manifest, "test"):
         Path(path).write_bytes(b"x")
-    assert "is damaged" in mistakes.find_pixels(storage, {"dataset_sha256": manifest.sha256}, "test", [0])
+    assert "is damaged" in predictions.load_images(storage, {"dataset_sha256": manifest.sha256}, "test", [0])
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(full: Storage) -> str:
-    return sections.make_page(full, reading.load_reports(full), with_pngs=False).html
+    return build.make_page(full, reading.load_reports(full), with_pngs=False).html
 
 
 def test_the_page_is_whole_small_and_needs_no_network(html: str) -> None:
@@ -442,7 +441,7 @@ def test_published_and_measured_stand_together_best_first(html: str) -> None:
 def test_stand_in_data_is_marked_everywhere(storage: Storage) -> None:
     write_run(storage, "real", 3, 2, val_accuracy=0.5)
     write_run(storage, "toy", 3, 2, dataset="fashion-mnist-synthetic", val_accuracy=0.99)
-    text = Reader(sections.make_page(storage, reading.load_reports(storage), with_pngs=False).html).text
+    text = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html).text
     assert "1 of 2 runs on this page used drawn pictures" in text
     assert "Learning curves of toy (STAND-IN DATA)" in text
     assert text.index("real\n") < text.index("toy\n")
@@ -454,7 +453,7 @@ def test_a_run_that_still_runs_is_shown_with_its_epochs(storage: Storage) -> Non
     tables.write_table(storage, "epochs", "live", val_epochs(0.5, 0.3))
     (row,) = reading.load_reports(storage).runs
     assert (row["best_epoch"], row["epochs_done"], row["val_accuracy"]) == (1, 2, 0.9)
-    html = sections.make_page(storage, reading.load_reports(storage), with_pngs=False).html
+    html = build.make_page(storage, reading.load_reports(storage), with_pngs=False).html
     assert "running" in html
     assert "Search" not in Reader(html).text
     assert "Confusion" not in Reader(html).text
@@ -462,9 +461,9 @@ def test_a_run_that_still_runs_is_shown_with_its_epochs(storage: Storage) -> Non
 
 def test_same_reports_same_bytes_and_only_chosen_runs(full: Storage, tmp_path: Path, html: str) -> None:
     out = tmp_path / "page.html"
-    assert sections.build_page(full, out) == [out]
+    assert build.build_page(full, out) == [out]
     assert out.read_text() == html
-    sections.build_page(full, out, run_ids=["short"])
+    build.build_page(full, out, run_ids=["short"])
     assert "Learning curves of short" in out.read_text()
     assert not re.search("Learning curves of long|Search", Reader(out.read_text()).text)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
@@ -473,7 +472,7 @@ def test_same_reports_same_bytes_and_only_chosen_runs(full: Storage, tmp_path: P
 @pytest.mark.commands
 def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
     out, folder = tmp_path / "page.html", tmp_path / "figures"
-    written = sections.build_page(full, out, png=folder, run_ids=["long"])
+    written = build.build_page(full, out, png=folder, run_ids=["long"])
     assert {path.name for path in written} == {
         "page.html",
         "curves-1.png",
@@ -491,10 +490,10 @@ def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_search_figures_can_be_drawn_as_files(full: Storage) -> None:
     (search,) = reading.load_reports(full).searches
-    drawn = search_figures.search_figures(1, search)
+    drawn = searches.search_figures(1, search)
     assert [figure.name.split("-")[-1] for figure in drawn] == ["epochs", "time", "settings", "parallel", "saved"]
     for figure in (drawn[2], drawn[3]):
-        assert draw.figure_png(figure)[:4] == b"\x89PNG"
+        assert matplotlib_png.figure_png(figure)[:4] == b"\x89PNG"
 
 
 # --- mistakes of the user -------------------------------------------------------------------------------------------
@@ -503,17 +502,17 @@ def test_search_figures_can_be_drawn_as_files(full: Storage) -> None:
 def test_users_mistakes_name_the_value_and_leave_nothing(full: Storage, storage: Storage, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     with pytest.raises(UserError, match=r"--storage .*results holds no reports; train first"):
-        sections.build_page(storage, out)
+        build.build_page(storage, out)
     with pytest.raises(UserError, match=r"--run-id nope does not exist in .*; there are .*short"):
-        sections.build_page(full, out, run_ids=["long", "nope"])
+        build.build_page(full, out, run_ids=["long", "nope"])
     with pytest.raises(UserError, match=r"--out .*: the folder .*missing does not exist"):
-        sections.build_page(full, tmp_path / "missing" / "page.html")
+        build.build_page(full, tmp_path / "missing" / "page.html")
     with pytest.raises(UserError, match=r"--png .*manifest.json is a file; name a folder"):
-        sections.build_page(full, out, png=Path(full.path("data", "fashion-mnist", "manifest.json")))
+        build.build_page(full, out, png=Path(full.path("data", "fashion-mnist", "manifest.json")))
     with pytest.raises(UserError, match=r"--out .* is a folder; name a file"):
-        sections.build_page(full, tmp_path)
+        build.build_page(full, tmp_path)
     with pytest.raises(UserError, match=r"/proc/page.html cannot be written \(.*\); name a place that can be"):
-        sections.build_page(full, Path("/proc/page.html"), run_ids=["short"])
+        build.build_page(full, Path("/proc/page.html"), run_ids=["short"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -524,13 +523,13 @@ def test_a_damaged_report_is_named(table: str, storage: Storage, tmp_path: Path)
     path = Path(storage.path("reports", table, "run_id=a", f"{table}.parquet"))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{table}.parquet is damaged") as caught:
-        sections.build_page(storage, tmp_path / "page.html")
+        build.build_page(storage, tmp_path / "page.html")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "page.html").exists()
     pq.write_table(pa.table({"x": [1]}), path)
     if table != "runs":
         with pytest.raises(UserError, match=r"is damaged \(it lacks "):
-            sections.build_page(storage, tmp_path / "page.html")
+            build.build_page(storage, tmp_path / "page.html")
 
 
 @pytest.mark.commands

@@ -1,1 +1,1 @@
-"""The page that shows all reports, and its figures."""
+"""The report page: one HTML file made of the Parquet reports, with figures, and the same figures as PNG files."""

@@ -1,18 +1,18 @@
-"""Reports read and grouped for the page: runs, epochs, searches, studies."""
+"""Reads the Parquet reports that the page shows: runs, their epochs, searches and studies."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from fashion.config import UserError, require
-from fashion.reports.page.figures import Row, finite
-from fashion.reports.page.search_figures import Search
+from fashion.config import TrainConfig, UserError, require
+from fashion.reports.page.content import Row, is_finite
 from fashion.reports.schemas import REPORTS_FOLDER, SCHEMAS
 from fashion.reports.tables import in_schema
 from fashion.storage import Storage, read_parquet
@@ -21,18 +21,62 @@ TRIAL_COLUMNS = (
     *("search_id", "trial_id", "status", "error", "lr", "dropout_conv", "dropout_fc"),
     *("epochs_done", "rung", "best_epoch", "val_loss", "val_accuracy", "wall_s"),
 )
-
-# Without these columns a file is of no use; all others may be missing.
-NEEDED = {
+# A file without these columns is refused as damaged. All other columns may be missing: older reports lack some.
+REQUIRED_COLUMNS = {
     "epochs": {"epoch", "split", "loss", "accuracy"},
     "trials": {"search_id", "trial_id", "status"},
     **{table: set(SCHEMAS[table].names) for table in ("predictions", "classes", "confusion", "study")},
 }
+NOT_SEARCHED = ("preset", "epochs", "seed")
+
+
+@dataclass(frozen=True)
+class Search:
+    """The trials of one search, with their epochs (trial id -> rows) and their runs (trial id -> row)."""
+
+    search_id: str
+    trials: Sequence[Row]
+    epochs: dict[str, list[Row]]
+    runs: dict[str, Row]
+
+    @property
+    def best(self) -> Row | None:
+        """The trial with the highest val accuracy among those that did not fail; None if there is none."""
+        valid = [trial for trial in self.trials if trial["status"] not in ("diverged", "error")]
+        scored = [trial for trial in valid if is_finite(trial["val_accuracy"])]
+        return max(scored, key=lambda trial: float(trial["val_accuracy"]), default=None)
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of a trial that is not stopped: the largest `max_epochs` or `epochs_done` of any trial."""
+        recorded = [trial["max_epochs"] for trial in self.trials if trial.get("max_epochs")]
+        return int(max([*recorded, *(trial["epochs_done"] or 0 for trial in self.trials)]))
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs at which ASHA compared trials: all values of `rung`, the last rung that a trial reached."""
+        return sorted({int(trial["rung"]) for trial in self.trials if trial["rung"]})
+
+
+def spent_epochs(search: Search) -> tuple[int, int, int]:
+    """Return three numbers of epochs: trained, needed by full trials, and saved by stopping trials early."""
+    full = search.max_epochs
+    spent = sum(trial["epochs_done"] or 0 for trial in search.trials)
+    saved = sum(full - (trial["epochs_done"] or 0) for trial in search.trials if trial["status"] == "stopped")
+    return spent, full * len(search.trials), saved
+
+
+def searched_settings(trials: Sequence[Row]) -> list[str]:
+    """Return the settings of `TrainConfig` whose values differ between the trials, lr and dropout first."""
+    settings = [each.name for each in fields(TrainConfig) if each.name not in NOT_SEARCHED] + ["depth"]
+    first = ["lr", "dropout_conv", "dropout_fc"]
+    order = first + [name for name in settings if name not in first]
+    return [name for name in order if len({trial[name] for trial in trials if trial.get(name) is not None}) > 1]
 
 
 @dataclass(frozen=True)
 class Reports:
-    """What the page is made of; `runs` without the trials, best first."""
+    """Everything that the page shows. `runs` is sorted, best first, and holds trials only if they were asked for."""
 
     runs: list[Row]
     epochs: dict[str, list[Row]]
@@ -42,20 +86,53 @@ class Reports:
     """Study id -> rows of `study`."""
 
 
+def load_reports(storage: Storage, run_ids: Sequence[str] = ()) -> Reports:
+    """Read the reports, all or those of `run_ids` (ids of runs, searches or studies).
+
+    Raises `UserError` if there are no reports, or none of one of `run_ids`.
+    """
+    runs = {row["run_id"]: row for row in read_rows(storage, "runs")}
+    trials = read_rows(storage, "trials")
+    way_out = f"train first: python -m jobs.train --storage {storage.uri}"
+    require(bool(runs or trials), f"--storage {storage.uri} holds no reports; {way_out}")
+    epochs: dict[str, list[Row]] = defaultdict(list)
+    for row in read_rows(storage, "epochs"):
+        if isinstance(row["epoch"], int):
+            epochs[row["run_id"]].append(row)
+    for run_id, row in runs.items():
+        fill_from_epochs(row, epochs.get(run_id, []))
+    searches, studies = group_searches(trials, runs, epochs), group_studies(read_rows(storage, "study"))
+    check_exists(run_ids, runs, [*studies, *(search.search_id for search in searches)], storage)
+    wanted = set(run_ids) or {*runs, *studies, *(search.search_id for search in searches)}
+    shown_runs = [row for row in runs.values() if row["run_id"] in wanted and (run_ids or row["kind"] != "trial")]
+    wanted |= {row["search_id"] for row in shown_runs if row["search_id"]}
+    searches = [search for search in searches if search.search_id in wanted]
+    studies = {study_id: rows for study_id, rows in studies.items() if study_id in wanted}
+    return Reports(rank_runs(shown_runs, searches), epochs, searches, studies)
+
+
 def read_rows(storage: Storage, table: str) -> list[Row]:
     """Return all rows of a table with their `run_id`; columns that an older report lacks are None."""
-    return [row for run_id, rows in read_files(storage, table) for row in filled(table, run_id, rows)]
+    return [row for run_id, rows in read_files(storage, table) for row in with_all_columns(table, run_id, rows)]
 
 
-def filled(table: str, run_id: str, rows: pa.Table) -> list[Row]:
-    """Turn rows into dictionaries with every column of the table."""
+def read_run_rows(storage: Storage, table: str, run_id: str) -> list[Row]:
+    """Return one run's rows of a table."""
+    return [row for owner, rows in read_files(storage, table, run_id) for row in with_all_columns(table, owner, rows)]
+
+
+def with_all_columns(table: str, run_id: str, rows: pa.Table) -> list[Row]:
+    """Return rows as dictionaries with every column of the table; columns that the file lacks are None."""
     names = SCHEMAS[table].names if table in SCHEMAS else []
     blank = dict.fromkeys([*names, *(TRIAL_COLUMNS if table == "trials" else ())])
     return [blank | {"run_id": run_id} | row for row in rows.to_pylist()]
 
 
 def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str, pa.Table]]:
-    """Return (run id, rows) of each file of a table, or of one run's files; eight at a time."""
+    """Return (run id, rows) of each Parquet file of a table, or of one run's files. Eight threads read.
+
+    Raises `UserError` for a file that cannot be read, is damaged, or lacks columns.
+    """
     folder = [REPORTS_FOLDER, table, *([f"run_id={run_id}"] if run_id else [])]
     selector = pafs.FileSelector(storage.path(*folder), allow_not_found=True, recursive=True)
     found = sorted(info.path for info in storage.fs.get_file_info(selector) if info.type == pafs.FileType.File)
@@ -72,7 +149,7 @@ def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str
             raise UserError(f"{file} cannot be read ({reason}); see to the storage") from error
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); remove it or write it again") from error
-        missing = ", ".join(sorted(NEEDED.get(table, set()) - set(rows.column_names)))
+        missing = ", ".join(sorted(REQUIRED_COLUMNS.get(table, set()) - set(rows.column_names)))
         require(not missing, f"{file} is damaged (it lacks {missing}); remove it or write it again")
         try:
             return owner, in_schema(table, rows)
@@ -83,30 +160,8 @@ def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str
         return list(pool.map(read, paths))
 
 
-def load_reports(storage: Storage, run_ids: Sequence[str] = ()) -> Reports:
-    """Read runs, epochs and trials; raises `UserError` when there is nothing, or not what was asked for."""
-    runs = {row["run_id"]: row for row in read_rows(storage, "runs")}
-    trials = read_rows(storage, "trials")
-    way_out = f"train first: python -m jobs.train --storage {storage.uri}"
-    require(bool(runs or trials), f"--storage {storage.uri} holds no reports; {way_out}")
-    epochs: dict[str, list[Row]] = defaultdict(list)
-    for row in read_rows(storage, "epochs"):
-        if isinstance(row["epoch"], int):
-            epochs[row["run_id"]].append(row)
-    for run_id, row in runs.items():
-        fill_from_epochs(row, epochs.get(run_id, []))
-    searches, studies = group_searches(trials, runs, epochs), group_studies(read_rows(storage, "study"))
-    check_known(run_ids, runs, [*studies, *(search.search_id for search in searches)], storage)
-    wanted = set(run_ids) or {*runs, *studies, *(search.search_id for search in searches)}
-    shown_runs = [row for row in runs.values() if row["run_id"] in wanted and (run_ids or row["kind"] != "trial")]
-    wanted |= {row["search_id"] for row in shown_runs if row["search_id"]}
-    searches = [search for search in searches if search.search_id in wanted]
-    studies = {study_id: rows for study_id, rows in studies.items() if study_id in wanted}
-    return Reports(ranked(shown_runs, searches), epochs, searches, studies)
-
-
-def check_known(asked: Sequence[str], runs: dict[str, Row], names: Sequence[str], storage: Storage) -> None:
-    """Raise `UserError` if what was asked for is no run and not in `names` (searches, studies); it names some."""
+def check_exists(asked: Sequence[str], runs: dict[str, Row], names: Sequence[str], storage: Storage) -> None:
+    """Raise `UserError` if an id in `asked` is neither a run nor in `names`, the ids of searches and studies."""
     order = sorted(runs, key=lambda run_id: (runs[run_id]["kind"] == "trial", run_id))
     for run_id in asked:
         some = ", ".join([*names, *order][:8])
@@ -114,8 +169,8 @@ def check_known(asked: Sequence[str], runs: dict[str, Row], names: Sequence[str]
 
 
 def fill_from_epochs(run: Row, epochs: Sequence[Row]) -> None:
-    """Give a run that has no figures of its own yet (running, interrupted) those of its best epoch so far."""
-    val = [row for row in epochs if row["split"] == "val" and finite(row["accuracy"])]
+    """Add the metrics of the best epoch so far to the row of a run that has none yet (running or interrupted)."""
+    val = [row for row in epochs if row["split"] == "val" and is_finite(row["accuracy"])]
     if run["val_accuracy"] is not None or not val:
         return
     best = max(val, key=lambda row: float(row["accuracy"]))
@@ -127,13 +182,13 @@ def fill_from_epochs(run: Row, epochs: Sequence[Row]) -> None:
 
 
 def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str, list[Row]]) -> list[Search]:
-    """Group trials by search and find each one's run and epochs."""
+    """Group trials by search, with the run and the epochs of each."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for trial in trials:
         groups[str(trial["search_id"])].append(trial)
     searches: list[Search] = []
     for search_id, rows in sorted(groups.items()):
-        owners = {row["trial_id"]: run_of(row, [*runs, *epochs]) for row in rows}
+        owners = {row["trial_id"]: run_id_of_trial(row, [*runs, *epochs]) for row in rows}
         searches.append(
             Search(
                 search_id,
@@ -146,39 +201,44 @@ def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str
 
 
 def group_studies(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group the rows of studies, which come part by part, by study."""
+    """Group rows by study."""
     studies: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         studies[str(row["study_id"])].append(row)
     return dict(studies)
 
 
-def run_of(trial: Row, run_ids: Sequence[str]) -> str:
-    """Return the run id of a trial: its own id, or that after the search's, or the row's `run_id`."""
+def run_id_of_trial(trial: Row, run_ids: Sequence[str]) -> str:
+    """Return the run id of a trial: its id, its id with the search's before it, or else the row's `run_id`."""
     trial_id, search_id = str(trial["trial_id"]), str(trial["search_id"])
     names = [trial_id, f"{search_id}-{trial_id}", f"{search_id}_{trial_id}", f"{search_id}.{trial_id}"]
     return next((name for name in names if name in run_ids), str(trial["run_id"]))
 
 
-def ranked(runs: Sequence[Row], searches: Sequence[Search]) -> list[Row]:
-    """Sort runs: real data before the stand-in, then by val accuracy; a refit has that of the trial that won.
+def rank_runs(runs: Sequence[Row], searches: Sequence[Search]) -> list[Row]:
+    """Sort runs: real data before stand-in data, then by val accuracy; a refit has that of the search's best trial.
 
-    Test accuracy does not decide: what was chosen by it could no longer be judged by it. A refit trains on val too.
+    A refit's own val accuracy says nothing, since it trains on val too. Test accuracy must not choose: a run chosen by
+    test accuracy could not be evaluated on test any more.
     """
-    won = {search.search_id: search.best["val_accuracy"] for search in searches if search.best is not None}
+    best_of_search = {search.search_id: search.best["val_accuracy"] for search in searches if search.best is not None}
 
     def key(row: Row) -> tuple[bool, float, str]:
-        score: Any = won.get(row["search_id"]) if row["kind"] == "refit" else row["val_accuracy"]
-        return is_stand_in(row), -float(score) if finite(score) else 1.0, str(row["run_id"])
+        score: Any = best_of_search.get(row["search_id"]) if row["kind"] == "refit" else row["val_accuracy"]
+        return is_stand_in(row), -float(score) if is_finite(score) else 1.0, str(row["run_id"])
 
     return sorted(runs, key=key)
 
 
 def is_stand_in(row: Row) -> bool:
-    """Tell whether a run used the drawn images in place of Fashion-MNIST."""
+    """Return whether a run used the stand-in data, drawn images in place of Fashion-MNIST."""
     return str(row["dataset"]).endswith("synthetic")
 
 
-def table_of(storage: Storage, table: str, run_id: str) -> list[Row]:
-    """Return one run's rows of a table."""
-    return [row for owner, rows in read_files(storage, table, run_id) for row in filled(table, owner, rows)]
+def read_config(text: str | None) -> Row:
+    """Parse a column of JSON settings, such as `config_json`; {} if it holds no JSON object."""
+    try:
+        config = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
