@@ -127,7 +127,7 @@ def test_a_search_runs_when_submitted(project: Path, running: str, tiny_storage:
 
 
 def source_hash_of(project: Path) -> str:
-    code = "from fashion.reports import tables; print(tables.source_hash())"
+    code = "from fashion.reports import provenance; print(provenance.source_hash())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project, check=True)
     return done.stdout.strip()
 
