@@ -38,14 +38,14 @@ pytestmark = pytest.mark.ray
 ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
 BASE = TrainConfig(preset="smoke", max_train_rows=192, global_batch_size=64)
 # What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
-PLANTED = (
+FIRST = (
     '{"lr": NaN}',
     '{"padding": "none"}',
     '{"lr": 100.0, "dropout_conv": 0.0}',
     '{"lr": 0.0003, "dropout_conv": 0.0, "dropout_fc": 0.0, "padding": "zeros"}',
     '{"lr": 0.03, "dropout_conv": 0.5}',
 )
-CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=PLANTED)
+CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
 
     What crashes is refused here instead, and no more heard of either: two processes less have to start.
     """
-    first = (PLANTED[0], PLANTED[0], *PLANTED[2:])
+    first = (FIRST[0], FIRST[0], *FIRST[2:])
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
@@ -284,9 +284,9 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    begun = random.choice([name_of(number) for number in range(3, 8)])
+    last_started = random.choice([name_of(number) for number in range(3, 8)])
     deadline = time.monotonic() + 300
-    while not storage.exists("reports", "trials", f"run_id=killed-{begun}"):
+    while not storage.exists("reports", "trials", f"run_id=killed-{last_started}"):
         assert job.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, "it hangs"
         time.sleep(0.05)
@@ -297,7 +297,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     os.rename(storage.root, moved.root)
     config = replace(CONFIG, first=first)
     found = search.search(moved, "killed", config, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
-    assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
+    assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), last_started
     assert found.trials[0].trial_id == unbroken.trials[0].trial_id
 
 
@@ -310,14 +310,14 @@ def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepare
 def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
     search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
-    book = TrialStore(prepared, "tpe", config, {}, {})
-    assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
+    store = TrialStore(prepared, "tpe", config, {}, {})
+    assert [trial.status for trial in store.trials.values()] == ["completed"] * 3
     low, high = config.lr
-    assert all(low <= book.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
-    sampler = build_sampler(book)
+    assert all(low <= store.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
+    sampler = build_sampler(store)
     assert sampler is not None
     known = [trial.params["lr"] for trial in sampler._ot_study.trials]
-    assert known == [book.trials[name].settings["lr"] for name in ("t0001", "t0002")]
+    assert known == [store.trials[name].settings["lr"] for name in ("t0001", "t0002")]
 
 
 def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: None, prepared: Storage) -> None:
@@ -379,27 +379,27 @@ def test_a_trial_that_went_wild_lets_no_poor_one_pass(bad: dict[str, Any]) -> No
     assert stops(SearchConfig(), [good, bad, poor]) == [False, True, True]
 
 
-def play(book: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
+def play(store: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
     """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
-    scheduler = replay_scheduler(book)
+    scheduler = replay_scheduler(store)
     decided = 0
-    for point in pending_points(book):
+    for point in pending_points(store):
         name = point[TRIAL]
-        book.start(name, {})
-        known = TrialKey(name)
-        scheduler.on_trial_add(None, known)
+        store.start(name, {})
+        key = TrialKey(name)
+        scheduler.on_trial_add(None, key)
         for number, accuracy in enumerate(curves[name], start=1):
             metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": -math.log(accuracy), "val_rows": 1}
             metrics |= {"val_time_s": 1.0, "train_loss": 0.0, "train_accuracy": 0.0, "train_rows": 1}
             metrics |= {"epoch_time_s": 1.0, "lr": 0.1}
-            book.add_epoch(name, metrics, 0.0)
+            store.add_epoch(name, metrics, 0.0)
             if decided == stop_after:
                 return decided  # written, and killed before the decision
             decided += 1
-            if scheduler.on_trial_result(None, known, metrics) == "STOP":
+            if scheduler.on_trial_result(None, key, metrics) == "STOP":
                 break
-        scheduler.on_trial_complete(None, known, metrics)
-        book.end(name, "completed" if number == len(curves[name]) else "stopped")
+        scheduler.on_trial_complete(None, key, metrics)
+        store.end(name, "completed" if number == len(curves[name]) else "stopped")
     return decided
 
 
@@ -410,8 +410,8 @@ def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) 
     curves = {name_of(n): [0.1 + source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
 
     def ends(storage: Storage) -> list[int]:
-        book = TrialStore(storage, "s", config, {}, {})
-        return [len(trial.history) for trial in book.trials.values()]
+        store = TrialStore(storage, "s", config, {}, {})
+        return [len(trial.history) for trial in store.trials.values()]
 
     whole = open_storage(str(tmp_path / "whole"))
     total = play(TrialStore(whole, "s", config, {}, {}), curves, stop_after=-1)
