@@ -12,7 +12,7 @@ from fashion.search.trial_store import ENDED, TrialStore, name_of
 
 
 def pending_points(store: TrialStore) -> list[dict[str, Any]]:
-    """Return the points that are left to run, those of unfinished trials first.
+    """Return the points that are left to run, unfinished trials first.
 
     A point, as Tune and Optuna call it, holds the settings of one trial; here it holds the trial's name as well. TPE
     draws the settings of a new trial only when the trial starts: until then the point holds the name alone.
@@ -28,7 +28,7 @@ def pending_points(store: TrialStore) -> list[dict[str, Any]]:
 
 
 class PlannedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
-    """Returns the points of `pending_points` in order, the settings drawn where a point has none.
+    """Returns the given points in order, the settings drawn where a point has none.
 
     `sampler` draws them, and is given the results of the trials whose settings it drew.
     """

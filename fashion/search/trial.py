@@ -68,12 +68,12 @@ def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[
     if latest:
         run.restore(manager.reader(latest))
     for metrics in run.history:
-        report_epoch(run, metrics)
+        report(run, metrics)
     timer = CheckpointTimer(shared["checkpoint_every_s"])
 
     def save() -> None:
         manager.save(run)
-        manager.wait()  # Tune may end this process at the next report; a write that still runs would leave files
+        manager.wait()  # the trial may be over at its next report, and what is still written would stay
         timer.restart()
 
     def is_due(seconds: float) -> bool:
@@ -83,7 +83,7 @@ def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[
         for metrics in run.epochs(wants_pause=is_due, on_pause=save):
             if is_due(0.0):
                 save()
-            report_epoch(run, metrics)
+            report(run, metrics)
     except sync.Diverged as error:
         report_failure(run.epochs_done + 1, "diverged", str(error))
 
@@ -95,7 +95,7 @@ def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.TrainingRun:
     return fit.TrainingRun(config, rows, rank, fit.alone)
 
 
-def report_epoch(run: fit.TrainingRun, metrics: Metrics) -> None:
+def report(run: fit.TrainingRun, metrics: Metrics) -> None:
     """Report an epoch to Tune and wait for the scheduler's decision; does not return if that is to stop the trial."""
     ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
 

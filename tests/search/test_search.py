@@ -38,14 +38,14 @@ pytestmark = pytest.mark.ray
 ONE_AT_A_TIME = SearchScale(max_concurrent=1, checkpoint_every_s=0)
 BASE = TrainConfig(preset="smoke", max_train_rows=192, global_batch_size=64)
 # What no run takes, what crashes, what diverges; then a good trial, two poor ones, and three that are drawn.
-FIRST = (
+PLANTED = (
     '{"lr": NaN}',
     '{"padding": "none"}',
     '{"lr": 100.0, "dropout_conv": 0.0}',
     '{"lr": 0.0003, "dropout_conv": 0.0, "dropout_fc": 0.0, "padding": "zeros"}',
     '{"lr": 0.03, "dropout_conv": 0.5}',
 )
-CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=FIRST)
+CONFIG = SearchConfig(num_samples=8, max_epochs=3, padding=("zeros", "partial"), first=PLANTED)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
 
     What crashes is refused here instead, and no more heard of either: two processes less have to start.
     """
-    first = (FIRST[0], FIRST[0], *FIRST[2:])
+    first = (PLANTED[0], PLANTED[0], *PLANTED[2:])
     storage = open_storage(str(tmp_path / "results"))
     shutil.copytree(prepared.path("data"), storage.path("data"))
     flags = ["--storage", storage.uri, "--search-id", "killed", "--source", "synthetic", "--preset", "smoke"]
@@ -284,9 +284,9 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    last_started = random.choice([name_of(number) for number in range(3, 8)])
+    begun = random.choice([name_of(number) for number in range(3, 8)])
     deadline = time.monotonic() + 300
-    while not storage.exists("reports", "trials", f"run_id=killed-{last_started}"):
+    while not storage.exists("reports", "trials", f"run_id=killed-{begun}"):
         assert job.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, "it hangs"
         time.sleep(0.05)
@@ -297,7 +297,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     os.rename(storage.root, moved.root)
     config = replace(CONFIG, first=first)
     found = search.search(moved, "killed", config, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
-    assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), last_started
+    assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
     assert found.trials[0].trial_id == unbroken.trials[0].trial_id
 
 
@@ -310,14 +310,14 @@ def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepare
 def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
     search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
-    store = TrialStore(prepared, "tpe", config, {}, {})
-    assert [trial.status for trial in store.trials.values()] == ["completed"] * 3
+    book = TrialStore(prepared, "tpe", config, {}, {})
+    assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
     low, high = config.lr
-    assert all(low <= store.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
-    sampler = build_sampler(store)
+    assert all(low <= book.trials[name].settings["lr"] <= high for name in ("t0001", "t0002"))
+    sampler = build_sampler(book)
     assert sampler is not None
     known = [trial.params["lr"] for trial in sampler._ot_study.trials]
-    assert known == [store.trials[name].settings["lr"] for name in ("t0001", "t0002")]
+    assert known == [book.trials[name].settings["lr"] for name in ("t0001", "t0002")]
 
 
 def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: None, prepared: Storage) -> None:
