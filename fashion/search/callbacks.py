@@ -1,4 +1,4 @@
-"""What a search does when Ray Tune tells it of a trial: record it, print a line, remove checkpoints."""
+"""The callback through which Ray Tune reports a trial's start, epochs and end: record, print, remove checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -13,53 +13,55 @@ from fashion.search.trial_store import ENDED, TrialStore
 from fashion.storage import Storage
 from fashion.training.metrics import TIMES, Metrics
 
-KEPT = {
+RECORDED_METRICS = {
     *("epoch", "lr", *schemas.PROCESS_COLUMNS),
     *(name for pair in TIMES.values() for name in pair),
     *(f"{split}_{figure}" for split in TIMES for figure in ("loss", "accuracy", "rows")),
 }
-"""What is kept of a report to Tune, which adds a good deal of its own."""
+"""Keys of a Tune result that are recorded: Tune adds many of its own to what a trial reports."""
+FAILURES = {"diverged": "diverged", "refused": "error"}
+"""Reason of a failure, the key that `trial.report_failure` puts into a result -> the trial's status."""
 
 
 class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Writes what Tune hears of trials into the trial store and onto the console; removes ended trials' checkpoints."""
+    """Records trials in the trial store and prints a line per epoch; frees what a trial holds once it has ended."""
 
     def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
         self._storage = storage
         self._search_id = search_id
         self._store = store
-        self._bad_ends: dict[str, tuple[str, str]] = {}
+        self._failures: dict[str, tuple[str, str]] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that starts, or starts again after a crash."""
+        """Record a trial that starts, or starts again after a crash."""
         point = trial.config
         self._store.start(point[TRIAL], {name: value for name, value in point.items() if name != TRIAL})
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Note an epoch, or how a trial ends badly."""
+        """Record an epoch, or remember a failure until Tune says that the trial has ended."""
         name = trial_name(trial)
-        for reason, status in (("diverged", "diverged"), ("refused", "error")):
+        for reason, status in FAILURES.items():
             if reason in result:
-                self._bad_ends[name] = (status, result[reason])
+                self._failures[name] = (status, result[reason])
                 return
-        metrics: Metrics = {key: value for key, value in result.items() if key in KEPT}
+        metrics: Metrics = {key: value for key, value in result.items() if key in RECORDED_METRICS}
         self._store.add_epoch(name, metrics, result["time_this_iter_s"])
         print(trial_line(self._store, name), flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that was stopped, ran its last epoch, or ended badly."""
+        """Record a trial that was stopped, ran its last epoch, or reported a failure."""
         name = trial_name(trial)
-        done = len(self._store.trials[name].history) >= self._store.config.max_epochs
-        self._end(name, *self._bad_ends.get(name, ("completed" if done else "stopped", None)))
+        is_complete = len(self._store.trials[name].history) >= self._store.config.max_epochs
+        self._end(name, *self._failures.get(name, ("completed" if is_complete else "stopped", None)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Free what a crashed trial held, so that its second try can start."""
+        """Remove the workers of a crashed trial, whose CPUs its second start needs."""
         remove_workers(self._search_id, trial_name(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that crashed once too often."""
+        """Record a trial that Tune does not start again after a crash."""
         # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
         self._end(trial_name(trial), "error", trainer.brief(Path(trial.error_file).read_text()))
 
@@ -71,14 +73,14 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
 
 def trial_line(store: TrialStore, name: str) -> str:
-    """Return a line for a trial's latest epoch."""
+    """Return the line that is printed for a trial's latest epoch: its figures on val, its settings, the progress."""
     trial = store.trials[name]
     latest = trial.history[-1]
     settings = "  ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.settings.items()
     )
-    ended = sum(each.status in ENDED for each in store.trials.values())
+    num_ended = sum(each.status in ENDED for each in store.trials.values())
     return (
         f"{name}  epoch {latest['epoch']}/{store.config.max_epochs}  val accuracy {latest['val_accuracy']:.4f} "
-        f"loss {latest['val_loss']:.4f}  {settings}  ({ended} of {store.config.num_samples} trials ended)"
+        f"loss {latest['val_loss']:.4f}  {settings}  ({num_ended} of {store.config.num_samples} trials ended)"
     )

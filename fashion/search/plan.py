@@ -1,4 +1,4 @@
-"""What a search will occupy: fit it to the live cluster, or refuse it with the numbers before anything starts."""
+"""The plan of a search: how many trials run at a time on the live cluster, or a refusal with the numbers."""
 
 from dataclasses import dataclass, replace
 
@@ -9,58 +9,62 @@ from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.data.manifest import Manifest
 from fashion.search.space import SearchConfig, SearchScale
 
-# Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
+# Size of a checkpoint of the largest network (7,630,122 parameters): the weights and two moments, each in fp32.
 CHECKPOINT_MB = 92
-AVERAGE_MB = 31  # the weights once more, where an average of them is evaluated
-# Memory of the process that a trial with workers of its own adds to them.
+# The moving average of the weights, which a checkpoint holds as well if `ema_decay` is set.
+EMA_MB = 31
+# Memory that Ray reserves for a trial's own process if its workers are other processes; it reserves no CPU then.
 NESTED_TRIAL_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search will occupy."""
+    """What a search will use of the cluster and of the storage; printed before the first trial starts."""
 
     trial: Plan
-    """One trial."""
+    """Plan of one trial."""
     num_trials: int
     concurrent: int
-    """Trials at a time."""
+    """Most trials at a time."""
     gpus_per_trial: float
     rungs: list[int]
+    """Epochs at which trials are judged."""
     judge_by: str
+    """Figures of val that are compared at a rung: see `SearchConfig.judge_by`."""
     max_epochs: int
     checkpoint_mb: int
-    """Size of one checkpoint."""
+    """Size of one checkpoint, in MB."""
 
     def process_resources(self) -> dict[str, float]:
-        """Return what Ray reserves for a trial's own process: no CPU if its workers are processes of their own."""
+        """Return the resources that Ray reserves for a trial's own process, workers in other processes not included."""
         if self.trial.num_workers[0] > 1:
             return {"memory": NESTED_TRIAL_BYTES}
         return {"CPU": self.trial.cpus_per_worker} | ({"GPU": self.gpus_per_trial} if self.gpus_per_trial else {})
 
     def lines(self) -> list[str]:
-        """Return the plan in words, one fact a line."""
+        """Return the lines of text that show the plan to the user."""
         workers = self.trial.num_workers[0]
         each = f"{workers} worker(s) of {self.trial.cpus_per_worker:g} CPU"
         each += f" and {self.gpus_per_trial:g} GPU(s)" if self.gpus_per_trial else ""
-        own = {line.split()[0]: line for line in self.trial.lines()}
-        judged = ", ".join(str(rung) for rung in self.rungs)
+        trial_lines = {line.split()[0]: line for line in self.trial.lines()}
+        rungs = ", ".join(str(rung) for rung in self.rungs)
         judged_by = "accuracy and loss" if self.judge_by == "both" else self.judge_by
         return [
-            own["cluster"],
+            trial_lines["cluster"],
             f"trials     {self.num_trials}, {self.concurrent} at a time, each {each}, "
             f"{self.trial.threads_per_worker} thread(s)",
-            f"epochs     {self.max_epochs} at most, judged after {judged} by {judged_by} of val",
-            own["batch"],
-            own["data"],
-            own["precision"],
+            f"epochs     {self.max_epochs} at most, judged after {rungs} by {judged_by} of val",
+            trial_lines["batch"],
+            trial_lines["data"],
+            trial_lines["precision"],
+            # A trial keeps its old checkpoint until the new one is complete: two at a time.
             f"disk       {2 * self.concurrent} checkpoints at most, of unfinished trials, about "
             f"{2 * self.concurrent * self.checkpoint_mb / 1000:.1f} GB",
         ]
 
 
 def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale, manifest: Manifest) -> SearchPlan:
-    """Fit a search to the live cluster; raises `UserError` with the numbers when not even one trial fits."""
+    """Return the plan of a search on the live cluster; raises `UserError` with the numbers if not one trial fits."""
     workers = config.workers_per_trial
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus_each = scale.gpus_per_trial / workers
@@ -71,21 +75,21 @@ def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale
         f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not fit: "
         f"the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; lower one of them",
     )
-    one = make_plan(
+    trial = make_plan(
         base, ScaleConfig(num_workers=str(workers), cpus_per_worker=scale.cpus_per_worker, use_gpu="no"), manifest
     )
     use_gpu = scale.gpus_per_trial > 0
     concurrent = min(places // workers, config.num_samples)
     if workers > 1:
-        memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
-        concurrent = max(1, min(concurrent, memory))
+        places_by_memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
+        concurrent = max(1, min(concurrent, places_by_memory))
     return SearchPlan(
-        trial=replace(one, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
+        trial=replace(trial, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
         num_trials=config.num_samples,
         concurrent=min(concurrent, scale.max_concurrent or concurrent),
         gpus_per_trial=scale.gpus_per_trial,
         rungs=config.rungs,
         judge_by=config.judge_by,
         max_epochs=config.max_epochs,
-        checkpoint_mb=CHECKPOINT_MB + (AVERAGE_MB if base.ema_decay else 0),
+        checkpoint_mb=CHECKPOINT_MB + (EMA_MB if base.ema_decay else 0),
     )

@@ -1,4 +1,4 @@
-"""Which trials a search stops: ASHA that knows trials by names that stay the same when a search is resumed."""
+"""The scheduler of a search: Ray Tune's ASHA, keyed by trial names that stay the same when a search is resumed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +12,24 @@ from fashion.training.metrics import rung_score
 
 
 def trial_name(trial: Any) -> str:
-    """Return a Tune trial's own name, which is also that of its folder."""
+    """Return the name of a Tune trial and of its folder, such as `t0003`; Tune's own id changes on `--resume`."""
     return str(trial.config[TRIAL])
 
 
 @dataclass(frozen=True)
 class TrialKey:
-    """A trial as the scheduler sees it: by a name that stays."""
+    """What stands for a trial in the scheduler, which reads nothing of a trial but `trial_id`."""
 
     trial_id: str
+    """The trial's name."""
 
 
 class ASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
-    """Asynchronous successive halving that knows trials by their own names, the same in each life of a search.
+    """Asynchronous successive halving (ASHA) that identifies trials by name and compares them by `rung_score`.
 
-    Ray's is the stopping variant of Li et al. 2018 (arXiv 1810.05934): at a rung, a trial below the best share of those
-    that got there before is stopped. The first ones to arrive always pass.
+    Ray implements the stopping variant of Li et al. 2018 (arXiv 1810.05934): a trial that reaches a rung is stopped if
+    its score is below the (1 - 1/`reduction_factor`) quantile of the trials that reached that rung before it. The first
+    trial at a rung always goes on.
     """
 
     def __init__(self, config: SearchConfig) -> None:
@@ -41,42 +43,46 @@ class ASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
         )
         self._judge_by = config.judge_by
 
-    def _scored(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Put `rung_score` where Ray looks: Tune insists that the metric it looks for is one that trials report."""
+    def _with_score(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Return `result` with `rung_score` under `METRIC`: Tune accepts only a metric that trials report."""
         return result | {METRIC: rung_score(result, self._judge_by)}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take a trial up."""
+        """Add a trial, under its name."""
         super().on_trial_add(tune_controller, trial_key(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide on a trial's result."""
-        return str(super().on_trial_result(tune_controller, trial_key(trial), self._scored(result)))
+        """Return `STOP` or `CONTINUE` for a trial that reports an epoch."""
+        return str(super().on_trial_result(tune_controller, trial_key(trial), self._with_score(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Take note of a trial's end."""
-        super().on_trial_complete(tune_controller, trial_key(trial), self._scored(result))
+        """Record the last result of a trial that has ended."""
+        super().on_trial_complete(tune_controller, trial_key(trial), self._with_score(result))
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Forget a trial that never ran."""
+        """Remove a trial that never ran."""
         super().on_trial_remove(tune_controller, trial_key(trial))
 
 
 def trial_key(trial: Any) -> TrialKey:
-    """Return what stands for a Tune trial; an alias stands for itself."""
+    """Return the key of a Tune trial, or `trial` itself if it is a key already, as in `replay_scheduler`."""
     return trial if isinstance(trial, TrialKey) else TrialKey(trial_name(trial))
 
 
 def replay_scheduler(store: TrialStore) -> ASHA:
-    """Return the scheduler in the state that it was in: it is shown each decided result again, oldest trial first."""
+    """Return a scheduler that has seen every result that the search had judged before, oldest trial first.
+
+    For a new search, whose store is empty, that is a new scheduler.
+    """
     scheduler = ASHA(store.config)
-    for trial, decided in store.judged():
-        known = TrialKey(trial.trial_id)
-        scheduler.on_trial_add(None, known)
-        for metrics in decided:
-            scheduler.on_trial_result(None, known, metrics)
+    for trial, judged in store.judged():
+        key = TrialKey(trial.trial_id)
+        scheduler.on_trial_add(None, key)
+        for metrics in judged:
+            scheduler.on_trial_result(None, key, metrics)
         if trial.status == "diverged":
-            scheduler.on_trial_result(None, known, {"epoch": len(decided) + 1})
-        if trial.status in ENDED and decided:
-            scheduler.on_trial_complete(None, known, decided[-1])
+            # The result that `trial.report_failure` gave to Tune, without figures: `rung_score` is 0.
+            scheduler.on_trial_result(None, key, {"epoch": len(judged) + 1})
+        if trial.status in ENDED and judged:
+            scheduler.on_trial_complete(None, key, judged[-1])
     return scheduler

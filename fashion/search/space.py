@@ -1,6 +1,7 @@
-"""What a search tries: ranges of settings, the draws from them, the epochs at which trials are judged.
+"""Settings of a search: the ranges to draw from, the draws, the epochs at which trials are judged, the resources.
 
-Knows the standard library only, like `fashion.config`, whose rules it follows.
+Imports the standard library only, like `fashion.config`. As there, a field's docstring gives its meaning, unit and
+range, and is the help of its flag.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 
 from fashion.config import Depth, Padding, ScaleConfig, TrainConfig, UserError, build, flag, parse_object, require
 
+# The settings of `TrainConfig` that a search can draw, by distribution; each is a field of `SearchConfig`.
 LOG_UNIFORM = ("lr", "weight_decay")
 UNIFORM = ("dropout_conv", "dropout_fc", "label_smoothing")
 CHOICES = ("padding", "depth")
@@ -67,11 +69,12 @@ class SearchConfig:
         for name in CHOICES:
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{flag(name)} names {' '.join(values)}: each one once")
-        known = self.searched()
+        searched = self.searched()
         for text in self.first:
-            unknown = sorted(set(parse_settings(text)) - set(known))
+            unknown = sorted(set(parse_settings(text)) - set(searched))
             require(
-                not unknown, f"--first {text} sets {', '.join(unknown)}; this search draws {', '.join(sorted(known))}"
+                not unknown,
+                f"--first {text} sets {', '.join(unknown)}; this search draws {', '.join(sorted(searched))}",
             )
 
     @staticmethod
@@ -82,35 +85,39 @@ class SearchConfig:
         )
         require(name not in LOG_UNIFORM or low > 0, f"{flag(name)} {low} {high} is log-uniform; LOW must be above 0")
         for value in (low, high):
-            TrainConfig.from_dict({name: value})  # what no run takes, no search draws
+            TrainConfig.from_dict({name: value})  # refuses a value that no run accepts
 
     def searched(self) -> list[str]:
-        """Return the settings that the search draws."""
+        """Return the names of the settings that the search draws."""
         return [name for name in LOG_UNIFORM + UNIFORM + CHOICES if getattr(self, name)]
 
     @property
     def rungs(self) -> list[int]:
-        """Epochs at which trials are judged, ascending; computed as Ray 2.60's scheduler does."""
+        """Epochs at which trials are judged, ascending; the same as those of Ray 2.60's `ASHAScheduler`."""
         count = int(math.log(self.max_epochs / self.grace_epochs) / math.log(self.reduction_factor) + 1)
         return [self.grace_epochs * self.reduction_factor**k for k in range(count)]
 
-    def planted(self, number: int) -> dict[str, Any]:
-        """Return what `first` sets in trial `number`, counted from 0."""
+    def first_settings(self, number: int) -> dict[str, Any]:
+        """Return the settings that `first` gives to trial `number`, counted from 0; none beyond its end."""
         return parse_settings(self.first[number]) if number < len(self.first) else {}
 
     def draw(self, number: int) -> dict[str, Any]:
-        """Return the settings of trial `number` by seed: each depends on seed, trial and name alone."""
+        """Return the settings of trial `number`, counted from 0: those of `first`, the others drawn.
+
+        A draw depends only on the seed, the trial's number and the setting's name, so that it stays the same when the
+        search resumes, gets more trials, or draws other settings as well.
+        """
         settings: dict[str, Any] = {}
         for name in self.searched():
-            source = random.Random(f"{self.seed}/{number}/{name}")  # noqa: S311  # nothing to keep secret
+            generator = random.Random(f"{self.seed}/{number}/{name}")  # noqa: S311  # nothing to keep secret
             values = getattr(self, name)
             if name in CHOICES:
-                settings[name] = source.choice(values)
+                settings[name] = generator.choice(values)
             elif name in LOG_UNIFORM:
-                settings[name] = math.exp(source.uniform(math.log(values[0]), math.log(values[1])))
+                settings[name] = math.exp(generator.uniform(math.log(values[0]), math.log(values[1])))
             else:
-                settings[name] = source.uniform(*values)
-        return settings | self.planted(number)
+                settings[name] = generator.uniform(*values)
+        return settings | self.first_settings(number)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -118,14 +125,17 @@ class SearchConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values, as JSON gives them; raises `UserError` naming what is none, or of another type."""
+        """Build from plain values, as JSON gives them.
+
+        Raises `UserError` naming a field that is unknown or missing, or whose value is of another type or out of range.
+        """
         if not isinstance(values, dict):
             return build(cls, values)
         return build(cls, {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Parse a JSON object of settings; raises `UserError`."""
+    """Parse one value of `--first`; raises `UserError` unless it is a JSON object."""
     try:
         return parse_object(text)
     except ValueError as error:
@@ -134,7 +144,7 @@ def parse_settings(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchScale:
-    """What a search may occupy, and for how long; it may differ from one life of a search to the next."""
+    """The resources and the time that a search may use; they may be others when the search is resumed."""
 
     cpus_per_worker: float = 1.0
     """CPUs reserved for each worker of a trial, > 0; the worker runs that many threads (at least one)."""
@@ -145,7 +155,8 @@ class SearchScale:
     time_budget_s: float = 0.0
     """Seconds after which the search ends with what it has; 0 sets no limit."""
     checkpoint_every_s: float = 30.0
-    """Seconds between a one-worker trial's checkpoints, which are made at the ends of epochs; 0 makes one at each."""
+    """Seconds of work that a fault may cost a one-worker trial, >= 0: its checkpoints, within epochs too, are so far
+    apart at most. 0 saves at every opportunity."""
     refit_workers: int = 2
     """Workers of the run that trains the winner on all rows, >= 1."""
 
@@ -159,7 +170,9 @@ class SearchScale:
         require(whole, f"--gpus-per-trial {self.gpus_per_trial} must be a whole number, or a fraction below 1")
 
     def check_workers(self, workers_per_trial: int) -> None:
-        """Raise `UserError` unless the GPUs of a trial divide among its workers: NCCL takes one rank per GPU."""
+        """Raise `UserError` unless a trial's GPUs fit its workers: one worker uses at most one GPU, several use none or
+        one each, since NCCL does not share a GPU between ranks.
+        """
         require(
             workers_per_trial == 1 or self.gpus_per_trial in (0, workers_per_trial),
             f"--gpus-per-trial {self.gpus_per_trial:g} with --workers-per-trial {workers_per_trial} must be 0 or "

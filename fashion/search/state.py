@@ -1,4 +1,4 @@
-"""What identifies a search: its settings, written before its first trial and compared on `--resume`."""
+"""The settings of a search in `search.json`: written before its first trial, compared on `--resume`."""
 
 import json
 from typing import Any
@@ -10,17 +10,18 @@ from fashion.storage import Storage
 
 STATE_FILE = "search.json"
 STATE_VERSION = 2
+"""Version of the format of `STATE_FILE`; a search of another version is not resumed."""
 
 
 def state_place(search_id: str) -> tuple[str, ...]:
-    """Return where a search keeps its settings."""
+    """Return the path of a search's `STATE_FILE`, as parts below the storage root."""
     return (schemas.SEARCHES_FOLDER, search_id, STATE_FILE)
 
 
 def write_state(
     storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig, identity: dict[str, Any]
 ) -> None:
-    """Write down what the search is, before its first trial."""
+    """Write the search's settings, and the columns of `identity` that name its data and its code."""
     state = {
         "state_version": STATE_VERSION,
         "search": config.to_dict(),
@@ -31,7 +32,10 @@ def write_state(
 
 
 def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
-    """Return what `write_state` wrote; raises `UserError` if there is no such search, or its file is damaged."""
+    """Return what `write_state` wrote.
+
+    Raises `UserError` if the search does not exist, or if its file is damaged or of another version.
+    """
     check_run_id(search_id, name="--search-id")
     place = state_place(search_id)
     require(storage.exists(*place), f"--search-id {search_id} does not exist in {storage.uri}; leave out --resume")
@@ -45,7 +49,7 @@ def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
 
 
 def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, TrainConfig]:
-    """Return what a search was started with; raises `UserError` as `read_state` does."""
+    """Return the settings that a search was started with; raises `UserError` as `read_state` does."""
     state = read_state(storage, search_id)
     try:
         return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
@@ -55,7 +59,7 @@ def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, Tra
 
 
 def check_new_search(storage: Storage, search_id: str) -> None:
-    """Raise `UserError` if a search of that name has left anything."""
+    """Raise `UserError` if the folder of a search of that name exists."""
     require(
         not storage.exists(schemas.SEARCHES_FOLDER, search_id),
         f"--search-id {search_id} exists already in {storage.uri}; add --resume to continue it, or name another",
@@ -64,10 +68,10 @@ def check_new_search(storage: Storage, search_id: str) -> None:
 
 def check_same_search(storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig) -> None:
     """Raise `UserError` naming each setting in which a resumed search differs from the stored one."""
-    asked = {**base.to_dict(), **config.to_dict()}
+    given = {**base.to_dict(), **config.to_dict()}
     stored_config, stored_base = stored_settings(storage, search_id)
     stored = {**stored_base.to_dict(), **stored_config.to_dict()}
-    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+    differing = [f"{flag(name)} {given[name]} (was {stored[name]})" for name in stored if given[name] != stored[name]]
     require(
         not differing,
         f"--resume {search_id} was given other settings: {', '.join(differing)}; leave them out, or start a new search",

@@ -1,7 +1,7 @@
-"""What one trial of a search runs in its process of Ray Tune: the training loop itself, or a `TorchTrainer` around it.
+"""One trial of a search, in a process of Ray Tune: the training loop itself, or a Ray Train run with several workers.
 
-Both report an epoch at a time, with the same columns, and wait for the scheduler's word. A trial that goes on from a
-checkpoint reports its earlier epochs again: the scheduler knows those that it judged, and judges those that it missed.
+Both report one epoch at a time, with the same keys, and wait for the scheduler's decision. A trial that resumes from a
+checkpoint reports its earlier epochs again: the scheduler ignores those that it has judged, and judges the others.
 """
 
 from typing import Any
@@ -26,36 +26,41 @@ from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTim
 from fashion.training.metrics import Metrics
 
 TRIAL = "trial"
-"""Key of a trial's own name, such as `t0003`, among its settings; Tune's ids differ from one life to the next."""
+"""Key of the trial's name, such as `t0003`, in its point. Tune's own trial ids change when a search is resumed."""
 CHECKPOINTS = "checkpoints"
+"""Folder of a trial's checkpoints, below the trial's own folder."""
 METRIC = "val_accuracy"
+"""Metric that Tune's scheduler and searcher read. `scheduler.ASHA` puts another score in its place."""
 
 
 def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
-    """Run the trial of `point`: its name and settings. `shared` is what all trials of the search have in common.
+    """Run the trial whose name and settings `point` holds; `shared` holds what all trials of the search have in common.
 
-    `shared` holds `base` (`TrainConfig.to_dict()`), `storage` and `search_id`, `workers_per_trial`, and what
-    `worker.train_loop_per_worker` is told; for one worker also `checkpoint_every_s` and `use_gpu`, for several
-    `worker_settings` and `scaling`.
+    Keys of `shared`: `base` (`TrainConfig.to_dict()`), `storage` (its URI), `search_id`, `workers_per_trial`,
+    `checkpoint_every_s`, `use_gpu`, and the settings of `worker.train_loop_per_worker`. With several workers also
+    `worker_settings` (the latter by themselves) and `scaling` (a `ScalingConfig`).
     """
     settings = {name: value for name, value in point.items() if name != TRIAL}
     try:
         config = TrainConfig.from_dict(shared["base"] | settings)
     except UserError as error:
-        # No second try would find other settings, so it is a result and no crash.
-        end_badly(0, "refused", str(error))
+        # Reported as a result, not raised: Tune would start a crashed trial again, with the same settings.
+        report_failure(0, "refused", str(error))
         return
-    run_trial = train_here if shared["workers_per_trial"] == 1 else train_with_workers
+    run_trial = train_in_process if shared["workers_per_trial"] == 1 else train_with_workers
     run_trial(config, (SEARCHES_FOLDER, shared["search_id"], point[TRIAL], CHECKPOINTS), shared)
 
 
-def end_badly(epoch: int, reason: str, message: str) -> None:
-    """Report that the trial is over at `epoch`, as the worst there is: not as NaN, which no comparison stops."""
+def report_failure(epoch: int, reason: str, message: str) -> None:
+    """Report to Tune that the trial failed at `epoch`; `reason` is `diverged` or `refused`, a key of the result.
+
+    The metric is 0, the worst value: a scheduler that compares with NaN never stops a trial.
+    """
     ray.tune.report({"epoch": epoch, METRIC: 0.0, reason: message})
 
 
-def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
-    """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
+def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
+    """Train with one worker, in this process, without Ray Train or DDP; save checkpoints in `folder` of the storage."""
     worker.prepare_process(shared["threads"])
     run = open_run(config, shared)
     manager = CheckpointManager(open_storage(shared["storage"]), folder, newest=1)
@@ -77,25 +82,26 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
             if progress.metrics is not None:
                 report(run, progress.metrics)
     except sync.Diverged as error:
-        end_badly(run.epochs_done + 1, "diverged", str(error))
+        report_failure(run.epochs_done + 1, "diverged", str(error))
 
 
 def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.TrainingRun:
-    """Return the run at its very start."""
+    """Return the run before its first step, its rows pulled from the object store."""
     rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
     rows = ingest.open_rows(config, shared, rank)
     return fit.TrainingRun(config, rows, rank, fit.alone)
 
 
 def report(run: fit.TrainingRun, metrics: Metrics) -> None:
-    """Hand an epoch to Tune and wait; if the trial is stopped here, this does not return."""
+    """Report an epoch to Tune and wait for the scheduler's decision; does not return if that is to stop the trial."""
     ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
-    """Train with several workers: a Ray Train run of its own, whose controller, in this process, tells Tune each epoch.
+    """Train with several workers, as a Ray Train run; its controller, in this process, reports each epoch to Tune.
 
-    Started again under the same name and place, its workers go on from the run's latest checkpoint by themselves.
+    When Tune starts the trial again, the run has the same name and folder, so that its workers resume from the latest
+    checkpoint there.
     """
     storage = open_storage(shared["storage"])
     result = LeanTrainer(
@@ -111,28 +117,29 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     ).fit()
-    told = result.return_value
-    assert told is not None, "rank 0 returned nothing"
-    if told["diverged"]:
-        end_badly(len(told["history"]) + 1, "diverged", told["diverged"])
+    outcome = result.return_value
+    assert outcome is not None, "rank 0 returned nothing"
+    if outcome["diverged"]:
+        report_failure(len(outcome["history"]) + 1, "diverged", outcome["diverged"])
 
 
 class TuneReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Hands each epoch to Tune and waits for the scheduler's word.
+    """Reports each epoch of a Ray Train run to Tune, and waits for the scheduler's decision.
 
-    Ray's `TuneReportCallback` goes through an actor, for a controller in another process. A trial that ends within
-    0.2 s of its last report can end before that report is read, and Tune never hears of the epoch.
+    Ray's `TuneReportCallback` sends reports through an actor, since a controller may run in another process than the
+    trial. The trial reads them from there every 0.2 s; if it ends before that, Tune misses the last epoch.
     """
 
     def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Any) -> None:
-        """Report what rank 0 reported: a copy, for Tune adds to it, and Ray Train keeps it beside the checkpoint."""
+        """Report a copy of rank 0's metrics: Tune adds keys to what it is given, and Ray Train saves the original."""
         ray.tune.report(dict(metrics[0]))
 
 
 def remove_workers(search_id: str, trial_id: str) -> None:
-    """Remove the placement group of a trial's workers, and with it the workers, if there are any.
+    """Remove the placement group of a trial's workers, and with it the workers; does nothing if there is none.
 
-    Tune stops a trial by ending its process; the group would stay, and the next trial wait for it for ever.
+    Tune stops a trial by ending the trial's own process. The placement group would keep its CPUs, and the next trial
+    would wait for them for ever.
     """
     key = worker.placement_key(f"{search_id}/{trial_id}")
     binary = _internal_kv_get(key)

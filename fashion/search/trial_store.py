@@ -1,6 +1,7 @@
-"""What a search has learned, kept in the reports: a row per trial, its epochs, its run. Knows neither Ray nor torch.
+"""The trials of a search, kept in the tables `trials`, `epochs` and `runs`. Imports neither Ray nor torch.
 
-The rows are all that a search needs to go on: they appear as trials start, report and end, each as a whole.
+A search resumes from these rows alone: they are written whenever a trial starts, reports an epoch, or ends, and each
+table's file of a trial is replaced as a whole.
 """
 
 import json
@@ -18,23 +19,24 @@ from fashion.storage import Storage
 from fashion.training.metrics import Metrics, checkpoint_score, epoch_rows, from_rows, summarise
 
 ENDED = ("completed", "stopped", "diverged", "error")
+"""Statuses of a trial that does not run again. The only other status is `running`."""
 RUN_STATUS = {"stopped": "completed", "error": "failed"}
-"""How the `runs` table calls a trial's status, where it has another word."""
+"""Trial status -> status in the `runs` table, where the two differ."""
 
 
 def name_of(number: int) -> str:
-    """Return the name of trial `number`, counted from 0: the same in every life of a search."""
+    """Return the name of trial `number`, counted from 0, such as `t0003`; it stays the same when the search resumes."""
     return f"t{number:04d}"
 
 
 def run_id_of(search_id: str, trial_id: str) -> str:
-    """Return the id under which a trial's rows stand in all tables."""
+    """Return the `run_id` of a trial's rows in all tables."""
     return f"{search_id}-{trial_id}"
 
 
 @dataclass
 class Trial:
-    """A trial so far."""
+    """A trial: its settings, and what it has reached so far."""
 
     trial_id: str
     settings: dict[str, Any]
@@ -42,38 +44,44 @@ class Trial:
     error: str | None = None
     started_at: datetime | None = None
     wall_s: float = 0.0
+    """Seconds spent in the epochs that it reported."""
     history: list[Metrics] = field(default_factory=list)
-    """Metrics of each epoch, as `fit.Run` gives them, with what the process knows of itself."""
+    """Metrics of each epoch, as `TrainingRun` gives them, with the columns `schemas.PROCESS_COLUMNS`."""
 
     @property
     def best(self) -> Metrics | None:
-        """Metrics of the best epoch."""
+        """Metrics of the epoch with the best `checkpoint_score`; None before the first epoch."""
         return max(self.history, key=checkpoint_score, default=None)
 
     @property
     def score(self) -> float:
-        """What trials are ranked by; failed ones come last."""
+        """What trials are ranked by: `checkpoint_score` of the best epoch; -1 if the trial failed or has no epoch."""
         best = self.best
         return -1.0 if best is None or self.status in ("diverged", "error") else checkpoint_score(best)
 
 
 class TrialStore:
-    """All trials of one search: read from the reports at the start, written as they change. One writer at a time."""
+    """All trials of one search: read from the reports at the start, written as they change.
+
+    The caller makes sure that only one process writes at a time: see `cluster.lock.NameLock`.
+    """
 
     def __init__(
         self, storage: Storage, search_id: str, config: SearchConfig, identity: dict[str, Any], base: dict[str, Any]
     ) -> None:
-        """Read what earlier lives left. `identity` holds the `runs` columns that all trials share, `base` the settings
-        that are not searched.
+        """Read the trials that the search has begun before; none if it is new.
+
+        `identity` holds the `runs` columns that all trials share, `base` the settings that are not searched. Raises
+        `UserError` if the rows of a trial are damaged.
         """
         self.config = config
         self._storage = storage
         self._search_id = search_id
         self._identity = identity
         self._base = base
-        present = storage.list(schemas.REPORTS_FOLDER, "trials")
+        folders = storage.list(schemas.REPORTS_FOLDER, "trials")
         names = [name_of(number) for number in range(config.num_samples)]
-        self.trials = {name: self._read(name) for name in names if f"run_id={self._run_id(name)}" in present}
+        self.trials = {name: self._read(name) for name in names if f"run_id={self._run_id(name)}" in folders}
 
     def _run_id(self, trial_id: str) -> str:
         return run_id_of(self._search_id, trial_id)
@@ -87,7 +95,7 @@ class TrialStore:
             history = from_rows(tables.read_table(self._storage, "epochs", run_id))
         except (ValueError, IndexError) as error:
             raise UserError(f"the reports of {run_id} are damaged ({error}); start another search") from error
-        facts = {name: run[name] for name in schemas.PROCESS_COLUMNS}
+        process_columns = {name: run[name] for name in schemas.PROCESS_COLUMNS}
         return Trial(
             trial_id,
             settings,
@@ -95,23 +103,24 @@ class TrialStore:
             row["error"],
             run["started_at"],
             row["wall_s"] or 0.0,
-            [facts | metrics for metrics in history],
+            [process_columns | metrics for metrics in history],
         )
 
-    # --- what is to be done -------------------------------------------------------------------------------------------
+    # --- what a resumed search asks -----------------------------------------------------------------------------------
 
     def unfinished(self) -> list[Trial]:
-        """Return the trials that an earlier life began and did not end, in the order in which they were drawn."""
+        """Return the trials that were started and have not ended, in the order of their numbers."""
         return [trial for trial in self.trials.values() if trial.status not in ENDED]
 
-    def untouched(self) -> list[int]:
-        """Return the numbers of the trials that nobody began."""
+    def not_started(self) -> list[int]:
+        """Return the numbers of the trials that were never started."""
         return [number for number in range(self.config.num_samples) if name_of(number) not in self.trials]
 
     def judged(self) -> Iterator[tuple[Trial, list[Metrics]]]:
-        """Yield each trial with the epochs that a scheduler has surely decided on, oldest trial first.
+        """Yield each trial with the epochs on which the scheduler has certainly decided, lowest trial number first.
 
-        An unfinished trial's last epoch may have been written without being acted on: the trial reports it again.
+        The last epoch of an unfinished trial may have been written just before a crash, before the scheduler decided;
+        the trial reports that epoch again.
         """
         for trial in sorted(self.trials.values(), key=lambda trial: trial.trial_id):
             yield trial, trial.history if trial.status in ENDED else trial.history[:-1]
@@ -120,15 +129,15 @@ class TrialStore:
         """Return all trials, best first."""
         return sorted(self.trials.values(), key=lambda trial: (-trial.score, trial.trial_id))
 
-    # --- what becomes of it -------------------------------------------------------------------------------------------
+    # --- changes, each written at once --------------------------------------------------------------------------------
 
     def start(self, trial_id: str, settings: dict[str, Any]) -> None:
-        """Write down that a trial runs, for the first time or again."""
+        """Record that a trial runs, for the first time or again after a crash or on `--resume`."""
         trial = self.trials.setdefault(trial_id, Trial(trial_id, settings, started_at=datetime.now(UTC)))
         self._write(trial)
 
     def add_epoch(self, trial_id: str, metrics: Metrics, seconds: float) -> None:
-        """Write down an epoch; reported again, it takes the place of the earlier one and of all after it."""
+        """Record an epoch, which took `seconds`. An epoch that is reported again replaces itself and all later ones."""
         trial = self.trials[trial_id]
         trial.history = [*trial.history[: int(metrics["epoch"]) - 1], metrics]
         trial.wall_s += seconds
@@ -137,13 +146,13 @@ class TrialStore:
         self._write(trial)
 
     def end(self, trial_id: str, status: str, error: str | None = None) -> None:
-        """Write down how a trial ended, its epochs included: they may be those of an earlier life."""
+        """Record that a trial ended, with one of the statuses `ENDED`."""
         trial = self.trials[trial_id]
         trial.status, trial.error = status, error
         self._write(trial)
 
     def _write(self, trial: Trial) -> None:
-        """Write the trial's rows; that in `trials` goes last, since a search finds its trials there."""
+        """Write the trial's rows, that of `trials` last: `__init__` looks for trials there, and needs the other row."""
         tables.write_table(self._storage, "runs", self._run_id(trial.trial_id), [self._run_row(trial)])
         tables.write_table(self._storage, "trials", self._run_id(trial.trial_id), [self._trial_row(trial)])
 
@@ -160,11 +169,11 @@ class TrialStore:
             "wall_s": trial.wall_s,
             "config_json": json.dumps(self._base | trial.settings, sort_keys=True),
         }
-        facts = {name: latest.get(name) for name in schemas.PROCESS_COLUMNS}
+        process_columns = {name: latest.get(name) for name in schemas.PROCESS_COLUMNS}
         return (
             self._identity
             | row
-            | facts
+            | process_columns
             | (summarise(trial.history, int(trial.best["epoch"])) if trial.best else {"epochs_done": 0})
         )
 
@@ -172,17 +181,17 @@ class TrialStore:
         epochs_done = len(trial.history)
         best = trial.best or {}
         columns = schemas.SCHEMAS["trials"]
-        reached = [rung for rung in self.config.rungs if rung <= epochs_done]
+        reached_rungs = [rung for rung in self.config.rungs if rung <= epochs_done]
         return {
             "search_id": self._search_id,
             "trial_id": trial.trial_id,
             "status": trial.status,
             "error": trial.error,
-            **{name: fitting(columns.field(name).type, value) for name, value in trial.settings.items()},
+            **{name: value_or_none(value, columns.field(name).type) for name, value in trial.settings.items()},
             "settings_json": json.dumps(trial.settings),
             "max_epochs": self.config.max_epochs,
             "epochs_done": epochs_done,
-            "rung": reached[-1] if reached else None,
+            "rung": reached_rungs[-1] if reached_rungs else None,
             "best_epoch": best.get("epoch"),
             "val_loss": best.get("val_loss"),
             "val_accuracy": best.get("val_accuracy"),
@@ -191,9 +200,9 @@ class TrialStore:
         }
 
 
-def fitting(kind: pa.DataType, value: Any) -> Any:
-    """Return `value` if a column of `kind` holds it, else None: what a user planted may be anything."""
+def value_or_none(value: Any, column_type: pa.DataType) -> Any:
+    """Return `value` if a column of `column_type` can hold it, else None: the user may give anything in `--first`."""
     try:
-        return pa.scalar(value, kind).as_py()
+        return pa.scalar(value, column_type).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return None

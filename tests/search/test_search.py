@@ -441,27 +441,27 @@ def test_a_trial_that_went_wild_lets_no_poor_one_pass(bad: dict[str, Any]) -> No
     assert stops(SearchConfig(), [good, bad, poor]) == [False, True, True]
 
 
-def play(book: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
+def play(store: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
     """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
-    scheduler = replay_scheduler(book)
+    scheduler = replay_scheduler(store)
     decided = 0
-    for point in pending_points(book):
+    for point in pending_points(store):
         name = point[TRIAL]
-        book.start(name, {})
-        known = TrialKey(name)
-        scheduler.on_trial_add(None, known)
+        store.start(name, {})
+        key = TrialKey(name)
+        scheduler.on_trial_add(None, key)
         for number, accuracy in enumerate(curves[name], start=1):
             metrics = {"epoch": number, "val_accuracy": accuracy, "val_loss": -math.log(accuracy), "val_rows": 1}
             metrics |= {"val_time_s": 1.0, "train_loss": 0.0, "train_accuracy": 0.0, "train_rows": 1}
             metrics |= {"epoch_time_s": 1.0, "lr": 0.1}
-            book.add_epoch(name, metrics, 0.0)
+            store.add_epoch(name, metrics, 0.0)
             if decided == stop_after:
                 return decided  # written, and killed before the decision
             decided += 1
-            if scheduler.on_trial_result(None, known, metrics) == "STOP":
+            if scheduler.on_trial_result(None, key, metrics) == "STOP":
                 break
-        scheduler.on_trial_complete(None, known, metrics)
-        book.end(name, "completed" if number == len(curves[name]) else "stopped")
+        scheduler.on_trial_complete(None, key, metrics)
+        store.end(name, "completed" if number == len(curves[name]) else "stopped")
     return decided
 
 
@@ -472,8 +472,8 @@ def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) 
     curves = {name_of(n): [0.1 + source.random() * 0.2 + 0.08 * e for e in range(9)] for n in range(12)}
 
     def ends(storage: Storage) -> list[int]:
-        book = TrialStore(storage, "s", config, {}, {})
-        return [len(trial.history) for trial in book.trials.values()]
+        store = TrialStore(storage, "s", config, {}, {})
+        return [len(trial.history) for trial in store.trials.values()]
 
     whole = open_storage(str(tmp_path / "whole"))
     total = play(TrialStore(whole, "s", config, {}, {}), curves, stop_after=-1)
