@@ -311,7 +311,7 @@ def check_python(block: str) -> Iterator[str]:
     if "torch" not in block:
         try:
             exec(compile(block, "document", "exec"), {})
-        except Exception as error:
+        except Exception as error:  # whatever a reader of the text would run into
             yield f"{block.strip().splitlines()[-1]}: {error!r}"
         return
     tree = ast.parse(block)
