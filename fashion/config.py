@@ -291,6 +291,11 @@ class FaultConfig:
     """How often workers that died, failed or hung are restarted from the latest checkpoint, >= 0; -1 sets no limit."""
     hang_timeout_s: float = 600.0
     """Seconds without a step after which a worker's stacks are saved and the worker is killed, >= 1; 0 means never."""
+    resize_every_s: float = 30.0
+    """Seconds, >= 1, between two looks whether a run with a range of workers has room for more (Ray's default is 60).
+
+    To take them in costs a start of the workers and the work since the latest checkpoint.
+    """
 
     def __post_init__(self) -> None:
         require(
@@ -301,6 +306,10 @@ class FaultConfig:
         require(
             math.isfinite(self.hang_timeout_s) and (self.hang_timeout_s >= 1 or self.hang_timeout_s == 0),
             f"--hang-timeout-s {self.hang_timeout_s} must be at least 1 second, or 0 for never",
+        )
+        require(
+            math.isfinite(self.resize_every_s) and self.resize_every_s >= 1,
+            f"--resize-every-s {self.resize_every_s} must be a finite number of seconds, at least 1",
         )
 
 

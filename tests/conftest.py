@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import gzip
 import io
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -23,8 +25,16 @@ if TYPE_CHECKING:
     import drivers
 
 ROOT = Path(__file__).resolve().parent.parent
-# Ray lowers the priority of its workers by 15; beside other lanes, those of a test would hardly run.
-os.environ.setdefault("RAY_worker_niceness", "0")
+# What every cluster of the tests runs with. Ray lowers the priority of its workers by 15; beside other lanes, those of
+# a test would hardly run. Its log monitor lists the files of all processes ten times a second, and there are many here.
+RAY_SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+for name, value in RAY_SETTINGS.items():
+    os.environ.setdefault(name, value)
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
@@ -43,6 +53,8 @@ SLOW = ("slow", "commands", "ray", "cluster", "hosts", "faults", "quiet")
 LANES = {
     "tests/distributed/test_hosts.py": "hosts",
     "tests/distributed/test_faults.py": "faults",
+    "test_a_run_survives_a_kill_and_a_store_that_falls_silent": "faults",
+    "test_what_it_left_is_evaluated_and_shown": "faults",
     "tests/distributed/test_trainer.py": "distributed",
     "tests/search/test_search.py": "search",
     "tests/test_storage_s3.py": "s3",
@@ -102,6 +114,22 @@ def small_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four archives of the drawn stand-in: 3,000 training and 500 test rows."""
     folder = tmp_path_factory.mktemp("archives")
     synthetic.write_archives(folder, num_train_rows=3000, num_test_rows=500)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_archives(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Path:
+    """The same of the first 3,000 and 1,000 real rows, where these can be had."""
+    source = Path(real_source())
+    if not source.is_dir():
+        return small_archives
+    folder = tmp_path_factory.mktemp("few")
+    for stem, rows in (("train", 3000), ("t10k", 1000)):
+        for kind, magic, sizes in (("images-idx3", 2051, (28, 28)), ("labels-idx1", 2049, ())):
+            name = f"{stem}-{kind}-ubyte.gz"
+            content = archives_module.read_idx(source / name, magic=magic, shape=sizes)[:rows].tobytes()
+            header = struct.pack(f">{2 + len(sizes)}I", magic, rows, *sizes)
+            (folder / name).write_bytes(gzip.compress(header + content, 1))
     return folder
 
 

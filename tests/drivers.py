@@ -31,7 +31,7 @@ HAS_BF16 = "ONEDNN_MAX_CPU_ISA" not in os.environ and bool(
     {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there}
 )
 # Long enough to be broken in the middle: steps of an epoch, after each ten at most of which the ranks synchronise.
-ROWS = {"fp32": 480, "bf16": 800 if HAS_BF16 else 160}
+ROWS = {"fp32": 320, "bf16": 320 if HAS_BF16 else 160}
 TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
 # With its driver a cluster's GCS is gone: a raylet looks for it for 10 s, its agent tries to tell it so for 60 s.
 LEFT_AFTER_S = 120

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import RAY_SETTINGS, ROOT
 
 from fashion.config import RAY_ENVIRONMENT
 
@@ -34,7 +34,6 @@ STORE_BYTES = 200_000_000
 START_TIMEOUT_S = 90.0
 # A host that died is found out in some seconds, where Ray's own settings take a quarter of a minute and more.
 QUICK_HEALTH_CHECKS = {
-    "RAY_worker_niceness": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
@@ -125,7 +124,7 @@ class Hosts:
         """Return what commands run with: this Python, the cluster's address and token, nothing of the user's Ray."""
         foreign = ("RAY_", "MAKE", "MFLAGS", "FASHION_STORAGE", "SSH_")
         own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        return own | RAY_ENVIRONMENT | QUICK_HEALTH_CHECKS | {
+        return own | RAY_ENVIRONMENT | RAY_SETTINGS | QUICK_HEALTH_CHECKS | {
             "HOME": str(host.home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_ADDRESS": f"{self.head.address}:{PORT}",
@@ -204,7 +203,7 @@ class Hosts:
             (host.folder / name).unlink(missing_ok=True)
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{host.folder}/host_key")
         shutil.copy(key.with_suffix(".pub"), host.folder / "authorized_keys")
-        told = QUICK_HEALTH_CHECKS | {"RAY_TMPDIR": str(host.folder)}
+        told = RAY_SETTINGS | QUICK_HEALTH_CHECKS | {"RAY_TMPDIR": str(host.folder)}
         (host.home / ".bashrc").write_text("".join(f"export {key}={value}\n" for key, value in told.items()))
         options = {
             "ListenAddress": host.address,

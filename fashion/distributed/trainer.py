@@ -38,9 +38,6 @@ from fashion.training.metrics import best_epoch, epoch_rows, summarise
 
 # Ctrl-C while workers start is heard when they have started; a second one is heard at once.
 SECONDS_TO_STOP = 30.0
-# A run with a range of workers looks this often whether the cluster has room for more (Ray's default is 60 s). To take
-# them in costs a start of the workers and the work since the latest checkpoint.
-SECONDS_BETWEEN_WIDTHS = 30.0
 
 T = TypeVar("T")
 
@@ -271,7 +268,7 @@ def build_trainer(job: RunSpec, say: Callable[[str], None]) -> LeanTrainer:
         train_loop_config=worker_settings(storage, job.manifest, config, plan)
         | {"folder": (schemas.RUNS_FOLDER, job.run_id), "faults": asdict(job.faults)},
         datasets=streamed,
-        scaling_config=scaling_config(plan),
+        scaling_config=scaling_config(plan, job.faults.resize_every_s),
         run_config=ray.train.RunConfig(
             name=job.run_id,
             storage_path=storage.path(schemas.RUNS_FOLDER),
@@ -318,14 +315,14 @@ def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, p
     }
 
 
-def scaling_config(plan: Plan) -> ray.train.ScalingConfig:
-    """Return the worker group's shape in Ray's terms."""
+def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_s) -> ray.train.ScalingConfig:
+    """Return the worker group's shape in Ray's terms; a range of workers is looked at every `resize_every_s`."""
     low, high = plan.num_workers
     return ray.train.ScalingConfig(
         num_workers=high if low == high else (low, high),
         use_gpu=plan.use_gpu,
         resources_per_worker=plan.resources_per_worker(),
-        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_WIDTHS,
+        elastic_resize_monitor_interval_s=resize_every_s,
     )
 
 

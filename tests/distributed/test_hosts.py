@@ -3,7 +3,7 @@
 import json
 import math
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from fashion.storage import Storage
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not() or "hosts")]
 
-SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "256", "--precision", "fp32")
-EPOCHS = 3
+SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "128", "--precision", "fp32")
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,9 @@ def submission(name: str, module: str, *flags: str) -> list[str]:
     return [*submit, "--", "python", "-m", module, *flags]
 
 
-def train_flags(
-    storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS, size: Sequence[str] = SMALL
-) -> list[str]:
+def train_flags(storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS) -> list[str]:
     """Return the flags of a run."""
-    return ["--storage", storage.uri, "--run-id", run_id, *size, "--num-workers", workers, "--epochs", str(epochs)]
+    return ["--storage", storage.uri, "--run-id", run_id, *SMALL, "--num-workers", workers, "--epochs", str(epochs)]
 
 
 def scores(storage: Storage, run_id: str) -> dict[tuple[int, str], tuple[float, float]]:
@@ -121,22 +119,18 @@ def num_workers(cluster: Hosts) -> int:
     return sum("ray::RayTrainWorker" in line for line in lines)
 
 
-@pytest.mark.parametrize(("precision", "rows"), [("fp32", 256), ("bf16", 128)])
-def test_workers_on_different_hosts_train_as_on_one(
-    whole: Hosts, tiny_storage: Storage, ray_cluster: None, precision: str, rows: int
-) -> None:
-    spread, local = f"spread-{precision}", f"local-{precision}"
-    size = [*SMALL[:4], "--precision", precision, "--max-train-rows", str(rows)]
-    done = whole.run(whole.head, *submission(spread, "jobs.train", *train_flags(tiny_storage, spread, size=size)))
+def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
+    """In fp32; that sockets and shared memory exchange the same bits in bf16 too is tested with them."""
+    done = whole.run(whole.head, *submission("spread", "jobs.train", *train_flags(tiny_storage, "spread")))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"Job '{spread}' succeeded" in done.stdout
+    assert "Job 'spread' succeeded" in done.stdout
     assert "3 node(s), 3 CPUs" in done.stdout
-    alone = call_job(jobs.train.main, *train_flags(tiny_storage, local, size=size))
+    alone = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
     assert alone.returncode == 0, alone.stderr
-    far, near = (runs.load_run(tiny_storage, name) for name in (spread, local))
+    far, near = (runs.load_run(tiny_storage, name) for name in ("spread", "local"))
     assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
-    assert (far["world_size"], far["status"], far["test_rows"], far["precision"]) == (2, "completed", 200, precision)
-    assert scores(tiny_storage, spread) == scores(tiny_storage, local)
+    assert (far["world_size"], far["status"], far["test_rows"]) == (2, "completed", 200)
+    assert scores(tiny_storage, "spread") == scores(tiny_storage, "local")
     assert far["test_loss"] == near["test_loss"]
 
 
@@ -147,9 +141,7 @@ def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: S
     lost = host_of(whole, "ray::RayTrainWorker")
     whole.cut(lost)
     assert job.wait(300) == 0, log_of(whole, "cut-off").read_text()
-    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread-fp32"), (
-        "the same bits as without the accident"
-    )
+    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread"), "the same bits as without the accident"
     whole.mend(lost)
     wait_for(lambda: not whole.processes(lost), "end of what was cut off")
     whole.kill(lost)
@@ -172,8 +164,8 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
 
 
 def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
-    epochs = 16
-    flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--checkpoint-every-s", "5"]
+    epochs = 12
+    flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--resize-every-s", "3"]
     job = start(whole, "elastic", "jobs.train", *flags)
     wait_for(lambda: tables.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
     assert num_workers(whole) == 2
@@ -192,7 +184,7 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     accuracies = [runs.load_run(tiny_storage, name)["test_accuracy"] for name in ("elastic", "fixed")]
     print("test accuracy: elastic {:.4f}, fixed {:.4f}".format(*accuracies))
     assert abs(accuracies[0] - accuracies[1]) < 3 * math.sqrt(2 * accuracies[1] * (1 - accuracies[1]) / 200)
-    assert {each["rows"] for each in rows if each["split"] == "train"} == {256}, "each epoch has all its rows"
+    assert {each["rows"] for each in rows if each["split"] == "train"} == {128}, "each epoch has all its rows"
     assert [each["epoch"] for each in rows if each["split"] == "val"] == list(range(1, epochs + 1))
 
 
@@ -207,12 +199,12 @@ def test_a_trials_workers_are_on_different_hosts(whole: Hosts, tiny_storage: Sto
 
 
 def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: Storage) -> None:
-    search = ["--search-id", "sought", "--num-samples", "4", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
+    search = ["--search-id", "sought", "--num-samples", "3", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
     job = start(whole, "sought", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
     wait_for(lambda: len(hosts_of(whole, "ray::ImplicitFunc.train")) > 1, "trials on two hosts")
     whole.kill(host_of(whole, "ray::ImplicitFunc.train"))
     assert job.wait(300) == 0, log_of(whole, "sought").read_text()
-    for number in range(4):
+    for number in range(3):
         [row] = tables.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
         assert (row["status"], row["epochs_done"]) == ("completed", 2)
     refit = runs.load_run(tiny_storage, "sought-refit")

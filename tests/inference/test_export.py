@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, call_job, real_source
+from conftest import assert_refused, call_job, prepare_archives
 from safetensors.torch import load_file
 
 from fashion.config import Precision, ScaleConfig, TrainConfig
-from fashion.data import preparation
 from fashion.distributed import trainer
 from fashion.inference import export
 from fashion.reports import tables
@@ -41,34 +40,23 @@ print(json.dumps(logits.argmax(1).tolist()))
 
 
 @pytest.fixture(scope="module")
-def whole_test(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A storage with all rows of the real test split, or of its stand-in."""
+def storage(tmp_path_factory: pytest.TempPathFactory, few_archives: Path) -> Storage:
+    """A storage with real test rows, where they can be had."""
     storage = open_storage(str(tmp_path_factory.mktemp("exported")))
-    preparation.prepare(storage, real_source(), val_rows=100)
+    prepare_archives(storage, few_archives)
     return storage
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_program_predicts_what_the_checkpoint_does(
-    precision: Precision, ray_cluster: None, request: pytest.FixtureRequest, small_archives: Path, tmp_path: Path
+    precision: Precision, ray_cluster: None, storage: Storage, few_archives: Path, tmp_path: Path
 ) -> None:
-    """All test images, by a process that knows nothing of this project; few in bf16, which a CPU may lack."""
-    num_rows, train_rows = {"fp32": (10_000, 1_000), "bf16": (500, 400)}[precision]
-    whole_test: Storage = request.getfixturevalue("whole_test" if precision == "fp32" else "small_storage")
-    source = real_source() if precision == "fp32" else str(small_archives)
-    taken = source if precision == "fp32" else "auto"
-    config = TrainConfig(
-        preset="smoke",
-        epochs=1,
-        max_train_rows=train_rows,
-        global_batch_size=20,
-        precision=precision,
-    )
-    row = trainer.train(
-        whole_test, "whole", config, ScaleConfig(num_workers="2"), options=trainer.RunOptions(source=taken)
-    ).row
+    """All test images, by a process that knows nothing of this project."""
+    run_id = f"exported-{precision}"
+    config = TrainConfig(preset="smoke", epochs=1, max_train_rows=400, global_batch_size=20, precision=precision)
+    row = trainer.train(storage, run_id, config, ScaleConfig(num_workers="1")).row
     folder = tmp_path / "model"
-    flags = ["--storage", whole_test.uri, "--run-id", "whole", "--split", "val", "--export", str(folder)]
+    flags = ["--storage", storage.uri, "--run-id", run_id, "--split", "val", "--export", str(folder)]
     done = call_job(evaluate.main, *flags)
     assert done.returncode == 0, done.stderr
     assert f"exported: {folder}" in done.stdout
@@ -76,12 +64,12 @@ def test_the_program_predicts_what_the_checkpoint_does(
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
     assert json.loads((folder / MANIFEST).read_text()) == json.loads(manifest_of(files))
 
-    archive = archive_of_test(source, tmp_path)
+    archive = few_archives / "t10k-images-idx3-ubyte.gz"
     command = [sys.executable, "-I", "-c", OUTSIDE, str(folder / export.PROGRAM), str(archive)]
     outside = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert outside.returncode == 0, outside.stderr
-    predictions = [each for each in tables.read_table(whole_test, "predictions", "whole") if each["split"] == "test"]
-    assert [each["index"] for each in predictions] == list(range(num_rows))
+    predictions = [each for each in tables.read_table(storage, "predictions", run_id) if each["split"] == "test"]
+    assert [each["index"] for each in predictions] == list(range(row["test_rows"]))
     assert json.loads(outside.stdout) == [each["predicted"] for each in predictions]
     assert len({each["predicted"] for each in predictions}) > 3, "it learned something"
 
@@ -90,16 +78,6 @@ def test_the_program_predicts_what_the_checkpoint_does(
     card = (folder / export.CARD).read_text()
     for fact in (row["dataset_sha256"], f"{row['test_accuracy']:.4f}", f"{row['val_loss']:.4f}", "| `lr` | 0.0015 |"):
         assert fact in card, fact
-
-
-def archive_of_test(source: str, folder: Path) -> Path:
-    """Return the archive of the test images."""
-    if source != "synthetic":
-        return Path(source) / "t10k-images-idx3-ubyte.gz"
-    from fashion.data import synthetic
-
-    synthetic.write_archives(folder)
-    return folder / "t10k-images-idx3-ubyte.gz"
 
 
 def test_a_destination_that_cannot_work_is_refused_before_the_work(tmp_path: Path) -> None:
