@@ -22,7 +22,7 @@ STREAM_BUFFER_ROWS = 8192
 
 def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Shards:
     """Pull this rank's val rows, and its training rows or the means to stream them."""
-    num_train_rows = settings["cuts"]["train"][-1]
+    num_train_rows = settings["bounds"]["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)
     train_batches: Callable[[int], Iterator[Batch]]
     if config.data_mode == "streaming":
@@ -34,7 +34,7 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
         train_batches=train_batches,
         val=pull_shard("val", settings, rank),
         num_train_rows=num_train_rows,
-        num_val_rows=settings["cuts"]["val"][-1],
+        num_val_rows=settings["bounds"]["val"][-1],
         pixel_mean=settings["pixel_mean"],
         pixel_std=settings["pixel_std"],
     )
@@ -42,11 +42,11 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
 
 def pull_shard(split: str, settings: dict[str, Any], rank: fit.Rank) -> Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
-    cuts = settings["cuts"][split]
-    pieces = shards.blocks_of_shard(cuts, rank.rank, rank.world_size)
-    tables = list(as_tables(ray.get([settings["tables"][split][piece] for piece in pieces])))
+    bounds, references = settings["bounds"][split], settings["blocks"][split]
+    numbers = shards.blocks_of_shard(bounds, rank.rank, rank.world_size)
+    tables = list(as_tables(ray.get([references[number] for number in numbers])))
     rows = from_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
-    start, stop = shards.shard_bounds(cuts[-1], rank.rank, rank.world_size)
+    start, stop = shards.shard_bounds(bounds[-1], rank.rank, rank.world_size)
     assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
     return to_tensors(rows, rank.device)
 

@@ -289,16 +289,16 @@ def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, p
     `folder` is left to the caller.
     """
     num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
-    cuts = {split: shards.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
+    bounds = {split: shards.block_bounds(rows, *plan.num_workers) for split, rows in num_rows.items()}
     resident = ("train", "val") if config.data_mode == "resident" else ("val",)
     return {
         "config": config.to_dict(),
         "threads": plan.threads_per_worker,
         "pixel_mean": manifest.pixel_mean,
         "pixel_std": manifest.pixel_std,
-        "cuts": cuts,
-        "tables": {
-            split: shards.share_blocks(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
+        "bounds": bounds,
+        "blocks": {
+            split: shards.put_blocks(load_rows(storage, manifest, config, split), bounds[split]) for split in resident
         },
         "show_bar": sys.stdout.isatty(),
         "storage": storage.uri,

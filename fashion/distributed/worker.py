@@ -33,8 +33,8 @@ SECONDS_FOR_OTHERS = 10.0
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one run to its end on this rank; return what only the workers know.
 
-    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `cuts` and
-    `tables` (references to the pieces between the cuts), `show_bar`, `storage` and `folder` (where its checkpoints
+    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `bounds`
+    and `blocks` (see `data.shards`; blocks as references), `show_bar`, `storage` and `folder` (where its checkpoints
     are), `faults` (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty
     string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to judge them.
     Reports once per epoch from every rank.

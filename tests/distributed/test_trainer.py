@@ -272,13 +272,13 @@ def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, stor
 def test_shards_are_the_written_rows_in_their_order(ray_cluster: None, storage: Storage) -> None:
     """Every shard, resident or streamed, is the rows of the files: the prefix that was asked for, none twice."""
     manifest = load_manifest(storage)
-    cuts = shards.cut_points(31_007, 1, 3)
+    bounds = shards.block_bounds(31_007, 1, 3)
     written = load_split(storage, manifest, "train").index[:31_007]
-    pieces = ray.get(shards.share_blocks(load_split(storage, manifest, "train"), cuts))
+    blocks = ray.get(shards.put_blocks(load_split(storage, manifest, "train"), bounds))
     streamed = open_dataset(storage, manifest, "train").limit(31_007)
-    for tables in (pieces, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
+    for tables in (blocks, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
         assert [row for table in tables for row in table["index"].to_pylist()] == written.tolist()
-    assert shards.share_blocks(load_split(storage, manifest, "val"), shards.cut_points(0, 1, 3)) == []
+    assert shards.put_blocks(load_split(storage, manifest, "val"), shards.block_bounds(0, 1, 3)) == []
 
 
 def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storage: Storage) -> None:
