@@ -16,7 +16,7 @@ PROG = "python -m jobs.tune"
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.tune` takes."""
+    """The flags of `jobs.tune`."""
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that every node sees; holds data, searches and reports."""
@@ -31,7 +31,7 @@ class Flags:
     refit: bool = False
     """Afterwards train the winner on all 60,000 rows and evaluate it once on test."""
     mlflow: str = ""
-    """Address of an MLflow tracking server that is told each epoch as well, as in http://127.0.0.1:5000."""
+    """Address of an MLflow tracking server that gets each epoch as well, as in http://127.0.0.1:5000."""
     preset: str = "default"
     """Recipe that gives the settings which are not searched."""
     global_batch_size: int = TrainConfig.global_batch_size
@@ -58,8 +58,8 @@ class Flags:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, search, print the result."""
-    default, goes_on = starting_point(argv)
+    """Parse the flags, search, print the result; exits with code 1 if no trial has a result, or on Ctrl-C."""
+    default, resume = starting_point(argv)
     flags = cli.parse(Flags, argv, prog=PROG, description=__doc__ or "", default=default)
     search_id = flags.search_id or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     base = flags.base()
@@ -68,18 +68,19 @@ def main(argv: Sequence[str]) -> None:
     from fashion.storage import open_storage
 
     storage = open_storage(flags.storage)
+    spec = search.SearchSpec(
+        search_id,
+        flags.space,
+        base,
+        flags.scale,
+        source=flags.source,
+        resume=resume,
+        refit=flags.refit,
+        mlflow=flags.mlflow,
+    )
     try:
-        found = search.search(
-            storage,
-            search_id,
-            flags.space,
-            base,
-            flags.scale,
-            source=flags.source,
-            resume=goes_on,
-            refit=flags.refit,
-            mlflow=flags.mlflow,
-            announce=lambda plan: console.print_plan("search", search_id, storage.uri, plan.lines()),
+        result = search.search(
+            storage, spec, announce=lambda plan: console.print_plan("search", search_id, storage.uri, plan.lines())
         )
     except search.SearchFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,35 +88,39 @@ def main(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f"interrupted; continue with --search-id {search_id} --resume", file=sys.stderr)
         sys.exit(1)
-    if found.was_finished:
+    if result.was_finished:
         print(f"search {search_id} is finished already; nothing to do")
-    console.print_trials(search_id, flags.space.searched(), found.rows(), flags.space.max_epochs)
-    if found.refit is not None:
-        refit = found.refit
+    console.print_trials(search_id, flags.space.searched(), result.rows(), flags.space.max_epochs)
+    if result.refit is not None:
+        refit = result.refit
         console.print_result(refit.run_id, refit.row, refit.paths, was_finished=refit.was_finished)
     print(f"search: {storage.show('searches', search_id)}\nreports: {storage.show('reports', 'trials')}")
 
 
 def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
-    """Return what the flags override, the preset or the settings of the search that goes on, and whether one does."""
+    """Return the flags' default values, and whether to resume.
+
+    The defaults are the settings of the search that resumes, or those of the preset. Raises `UserError` if the search
+    to resume is not named or does not exist.
+    """
     early = cli.peek(argv, "--preset", "--search-id", "--storage", "--resume", "--start-or-resume")
-    asked = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
-    if asked:
+    resume_flag = next((name for name in ("--resume", "--start-or-resume") if early[name] is not None), None)
+    if resume_flag:
         if not early["--search-id"]:
-            raise UserError(f"{asked} needs --search-id with the name of the search to continue")
+            raise UserError(f"{resume_flag} needs --search-id with the name of the search to continue")
         config.check_run_id(early["--search-id"], name="--search-id")
         from fashion.search import state
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-        if asked == "--resume" or storage.exists(*state.state_place(early["--search-id"])):
-            return of_stored(*state.stored_settings(storage, early["--search-id"])), True
+        if resume_flag == "--resume" or storage.exists(*state.state_place(early["--search-id"])):
+            return flags_of(*state.stored_settings(storage, early["--search-id"])), True
     preset = config.preset(early["--preset"] or "default")
     return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows), False
 
 
-def of_stored(space: SearchConfig, base: TrainConfig) -> Flags:
-    """Return the flags that a search was started with."""
+def flags_of(space: SearchConfig, base: TrainConfig) -> Flags:
+    """Return the flags with which a search of these stored settings was started."""
     return Flags(
         preset=base.preset,
         global_batch_size=base.global_batch_size,

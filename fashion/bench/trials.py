@@ -40,7 +40,7 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
     with tempfile.TemporaryDirectory() as folder:
         scratch = open_storage(folder)
         Path(folder, "data").symlink_to(storage.path("data"))
-        search.search(scratch, "bench", config, base, one_at_a_time, source="auto")
+        search.search(scratch, search.SearchSpec("bench", config, base, one_at_a_time))
         runs = [load_run(scratch, f"bench-{name_of(number)}") for number in range(repeats + 1)]
     bare = bare_loops(storage, replace(base, epochs=2), one_at_a_time, repeats)
     trials = [run["wall_s"] for run in runs[1:]]
@@ -62,8 +62,9 @@ def trial_vs_loop(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
 def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeats: int) -> list[float]:
     """Return the seconds of each of `repeats` bare loops in one process; one more runs first, to warm up."""
     manifest = load_manifest(storage)
-    plan = make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
-    shared = search.shared_by_trials(storage, "bare", SearchConfig(), config, plan, manifest)
+    spec = search.SearchSpec("bare", SearchConfig(max_epochs=config.epochs), config, scale)
+    plan = make_search_plan(spec.config, config, scale, manifest)
+    shared = search.shared_by_trials(storage, spec, plan, manifest)
     looper = ray.remote(num_cpus=plan.trial.cpus_per_worker)(time_bare_loop)
     return list(ray.get(looper.remote(config.to_dict(), shared, repeats)))
 

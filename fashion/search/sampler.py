@@ -11,7 +11,7 @@ from fashion.search.trial import METRIC, TRIAL
 from fashion.search.trial_store import ENDED, TrialStore, name_of
 
 
-def pending_points(store: TrialStore) -> list[dict[str, Any]]:
+def pending_trials(store: TrialStore) -> list[dict[str, Any]]:
     """Return the points that are left to run, unfinished trials first.
 
     TPE draws a new trial's settings when it starts, so such a point holds the name alone.

@@ -1,8 +1,8 @@
-"""The search: trials drawn from a space, run by Ray Tune, stopped by ASHA, kept in the reports, resumable from them.
+"""A search on Ray Tune: trials with settings drawn from a space, poor ones stopped by ASHA, the winner refitted.
 
-Ray 2.60 restores an interrupted search without its scheduler, so that judged trials are forgotten. Here Tune's own
-snapshots are never read. What a search has learned lies in its reports and in the checkpoints of its unfinished
-trials; to go on, a fresh scheduler is shown every result again, and unfinished trials start from their checkpoints.
+A search resumes from its reports and from the checkpoints of its unfinished trials, never from Tune's own snapshots:
+Ray 2.60 restores an interrupted search without its scheduler, which would forget the results that it has judged. Here a
+new scheduler gets every result again, and unfinished trials start from their checkpoints.
 """
 
 import logging
@@ -25,7 +25,7 @@ from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
 from fashion.search.plan import SearchPlan, make_search_plan
-from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
+from fashion.search.sampler import PlannedSampler, build_sampler, pending_trials
 from fashion.search.scheduler import replay_scheduler, trial_name
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.state import check_new_search, check_same_search, read_state, write_state
@@ -33,7 +33,8 @@ from fashion.search.trial import CHECKPOINTS, remove_workers, train_trial
 from fashion.search.trial_store import Trial, TrialStore
 from fashion.storage import Storage
 
-RETRIES = 1
+# A trial that crashes is started once more; a second crash is probably its own fault.
+MAX_TRIAL_FAILURES = 1
 
 
 class SearchFailed(RuntimeError):
@@ -41,12 +42,33 @@ class SearchFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
+class SearchSpec:
+    """What to search: the search's name, its space, the settings that are not searched, its resources and its data."""
+
+    search_id: str
+    config: SearchConfig
+    base: TrainConfig
+    """The settings that are not searched."""
+    scale: SearchScale
+    source: str = "auto"
+    """Where the data comes from if the storage holds none: see `jobs.prepare`."""
+    resume: bool = False
+    """Whether to continue the search `search_id`, which must exist; otherwise it must not."""
+    refit: bool = False
+    """Whether to train the winner on all rows afterwards, and to evaluate it once on test."""
+    mlflow: str = ""
+    """Address of an MLflow tracking server that gets every trial, in an experiment named like the search, and the
+    refit; empty for none."""
+
+
+@dataclass(frozen=True)
 class SearchResult:
-    """What `search` leaves: its trials, best first, and the refitted winner if that was asked for."""
+    """What `search` returns: its trials, best first, and the refitted winner if `refit` was set."""
 
     trials: list[Trial]
     refit: trainer.TrainResult | None
     was_finished: bool
+    """Whether the search was complete before, so that nothing was run."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the trials as plain values, best first."""
@@ -63,57 +85,49 @@ class SearchResult:
 
 
 def search(
-    storage: Storage,
-    search_id: str,
-    config: SearchConfig,
-    base: TrainConfig,
-    scale: SearchScale,
-    *,
-    source: str = "auto",
-    resume: bool = False,
-    refit: bool = False,
-    mlflow: str = "",
-    announce: Callable[[SearchPlan], None] = lambda plan: None,
+    storage: Storage, spec: SearchSpec, announce: Callable[[SearchPlan], None] = lambda plan: None
 ) -> SearchResult:
-    """Run or continue a search; with `refit`, train the winner on all rows and evaluate it once on test.
+    """Run or continue a search, and refit its winner if `spec` says so.
 
-    `base` gives the settings that are not searched. `mlflow` is the address of a server that hears of every trial, as
-    an experiment named like the search, and of the refit. `announce` is given the plan before anything starts. Raises
-    `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports say the same.
+    Prepares the data if the storage holds none, and connects to Ray. Calls `announce` with the plan before anything
+    starts. Raises `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports
+    say the same.
     """
-    scale.check_workers(config.workers_per_trial)
-    if mlflow:
-        check_mlflow(mlflow)
-    base = trial_base(config, base, scale)
-    if resume:
-        check_same_search(storage, search_id, config, base)
+    search_id, scale = spec.search_id, spec.scale
+    scale.check_workers(spec.config.workers_per_trial)
+    if spec.mlflow:
+        check_mlflow(spec.mlflow)
+    spec = replace(spec, base=trial_base(spec.config, spec.base, scale))
+    if spec.resume:
+        check_same_search(storage, search_id, spec.config, spec.base)
     else:
         check_new_search(storage, search_id)
-    manifest = find_manifest(storage) or preparation.prepare(storage, source)[0]
-    check_source(storage, manifest, source)
-    if resume:
+    manifest = find_manifest(storage) or preparation.prepare(storage, spec.source)[0]
+    check_source(storage, manifest, spec.source)
+    if spec.resume:
         check_same_data(storage, manifest, read_state(storage, search_id))
     storage.check_writable(schemas.SEARCHES_FOLDER, schemas.REPORTS_FOLDER)
     with NameLock(storage, schemas.SEARCHES_FOLDER, search_id, "--search-id"):
-        if not resume:
-            check_new_search(storage, search_id)  # somebody may have had the name until now
+        if not spec.resume:
+            check_new_search(storage, search_id)  # another process may have used the name until now
         connection.connect()
         check_every_node_sees(storage)
-        plan = make_search_plan(config, base, scale, manifest)
+        plan = make_search_plan(spec.config, spec.base, scale, manifest)
         announce(plan)
-        identity = trainer.identity_columns(base, manifest)
-        write_state(storage, search_id, config, base, identity)
-        store = TrialStore(storage, search_id, config, identity, base.to_dict())
-        points = pending_points(store)
-        if points:
-            run_trials(storage, search_id, store, points, base, scale, plan, manifest, mlflow)
+        identity = trainer.identity_columns(spec.base, manifest)
+        write_state(storage, search_id, spec.config, spec.base, identity)
+        store = TrialStore(storage, search_id, spec.config, identity, spec.base.to_dict())
+        pending = pending_trials(store)
+        if pending:
+            run_trials(storage, spec, plan, shared_by_trials(storage, spec, plan, manifest), store, pending)
     trials = store.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
     if trials[0].score < 0:
         raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
-    refitted = refit_winner(storage, search_id, trials[0], base, scale, plan, source, mlflow) if refit else None
-    return SearchResult(trials, refitted, was_finished=not points)
+    return SearchResult(
+        trials, refit_winner(storage, spec, plan, trials[0]) if spec.refit else None, was_finished=not pending
+    )
 
 
 def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> TrainConfig:
@@ -125,83 +139,78 @@ def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> T
 
 def run_trials(
     storage: Storage,
-    search_id: str,
-    store: TrialStore,
-    points: list[dict[str, Any]],
-    base: TrainConfig,
-    scale: SearchScale,
+    spec: SearchSpec,
     plan: SearchPlan,
-    manifest: Manifest,
-    mlflow: str,
+    shared: dict[str, Any],
+    store: TrialStore,
+    pending: list[dict[str, Any]],
 ) -> None:
-    """Run `points` on Ray Tune and write down what becomes of each; the trials' checkpoints are gone afterwards."""
-    quieten_tune()
-    config = store.config
-    shared = shared_by_trials(storage, search_id, config, base, plan, manifest)
-    shared["checkpoint_every_s"] = scale.checkpoint_every_s
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
-    loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
-    if mlflow:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
+    """Run the `pending` trials on Ray Tune; `store` records them. Removes all checkpoints of trials afterwards.
 
-        loggers.append(MLflowLoggerCallback(mlflow, experiment_name=search_id))
+    `shared` is what `shared_by_trials` returns, `pending` what `sampler.pending_trials` returns.
+    """
+    quieten_tune()
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     tuner = ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            search_alg=PlannedSampler(points, build_sampler(store)),
+            search_alg=PlannedSampler(pending, build_sampler(store)),
             scheduler=replay_scheduler(store),
-            num_samples=len(points),
+            num_samples=len(pending),
             max_concurrent_trials=plan.concurrent,
-            time_budget_s=scale.time_budget_s or None,
-            # A trial with workers of its own holds its process until they are gone; a fresh process is quicker.
-            reuse_actors=config.workers_per_trial == 1,
+            time_budget_s=spec.scale.time_budget_s or None,
+            # A trial with workers of its own keeps its process until they have ended; a new process starts sooner.
+            reuse_actors=spec.config.workers_per_trial == 1,
             trial_name_creator=trial_name,
             trial_dirname_creator=trial_name,
         ),
         run_config=ray.tune.RunConfig(
-            name=search_id,
+            name=spec.search_id,
             storage_path=storage.path(schemas.SEARCHES_FOLDER),
             storage_filesystem=storage.fs,
-            failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[SearchCallback(storage, search_id, store), *loggers],
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
+            callbacks=[SearchCallback(storage, spec.search_id, store), *loggers(spec)],
             verbose=0,
         ),
     )
     try:
-        trainer.in_a_thread(tuner.fit)
+        trainer.run_in_thread(tuner.fit)
     finally:
         for trial in store.unfinished():
-            remove_workers(search_id, trial.trial_id)
+            remove_workers(spec.search_id, trial.trial_id)
     for trial in store.unfinished():
-        store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
-    remove_checkpoints(storage, search_id, store)
+        store.end(trial.trial_id, "stopped", f"the time budget of {spec.scale.time_budget_s:g} s was spent")
+    remove_checkpoints(storage, spec.search_id, store)
+
+
+def loggers(spec: SearchSpec) -> list[ray.tune.Callback]:
+    """Return Tune's own callbacks that write TensorBoard's event files and, with `spec.mlflow`, to an MLflow server."""
+    if not spec.mlflow:
+        return [TBXLoggerCallback()]
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    return [TBXLoggerCallback(), MLflowLoggerCallback(spec.mlflow, experiment_name=spec.search_id)]
 
 
 def quieten_tune() -> None:
-    """Keep Tune from writing and saying a second time what the reports hold and the `SearchCallback` says."""
+    """Keep Tune from writing and printing a second time what the reports hold and `SearchCallback` prints."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV and JSON files
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # this one prints failures whatever its verbosity
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints failures whatever its verbosity
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a list of the trials that failed
 
 
-def shared_by_trials(
-    storage: Storage,
-    search_id: str,
-    config: SearchConfig,
-    base: TrainConfig,
-    plan: SearchPlan,
-    manifest: Manifest,
-) -> dict[str, Any]:
-    """Return what `trial.train_trial` is told, the rows in the object store once for all trials."""
-    workers = config.workers_per_trial
-    settings = trainer.worker_settings(storage, manifest, base, plan.trial) | {"show_bar": False}
+def shared_by_trials(storage: Storage, spec: SearchSpec, plan: SearchPlan, manifest: Manifest) -> dict[str, Any]:
+    """Put the rows into the object store, once for all trials; return `shared` as `trial.train_trial` takes it."""
+    workers = spec.config.workers_per_trial
+    settings = trainer.worker_settings(storage, manifest, spec.base, plan.trial) | {"show_bar": False}
     shared = settings | {
-        "base": base.to_dict(),
+        "base": spec.base.to_dict(),
         "storage": storage.uri,
-        "search_id": search_id,
+        "search_id": spec.search_id,
         "workers_per_trial": workers,
         "use_gpu": plan.trial.use_gpu,
+        "checkpoint_every_s": spec.scale.checkpoint_every_s,
     }
     if workers == 1:
         return shared
@@ -209,42 +218,35 @@ def shared_by_trials(
 
 
 def remove_checkpoints(storage: Storage, search_id: str, store: TrialStore) -> None:
-    """Remove what ended trials left: workers that were still saving when their trial was stopped leave something."""
+    """Remove the checkpoints of all trials, once more: workers that were saving when their trial ended left some."""
     for name in store.trials:
         storage.delete_folder(schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
 
 
-def refit_winner(
-    storage: Storage,
-    search_id: str,
-    winner: Trial,
-    base: TrainConfig,
-    scale: SearchScale,
-    plan: SearchPlan,
-    source: str,
-    mlflow: str,
-) -> trainer.TrainResult:
-    """Train the winner's settings on all rows, val included, for the epochs chosen on val; evaluate once on test."""
+def refit_winner(storage: Storage, spec: SearchSpec, plan: SearchPlan, winner: Trial) -> trainer.TrainResult:
+    """Train the winner's settings on all rows, val included, up to its best epoch on val; evaluate once on test."""
     assert winner.best is not None, "the winner has an epoch"
     config = replace(
-        TrainConfig.from_dict(base.to_dict() | winner.settings),
+        TrainConfig.from_dict(spec.base.to_dict() | winner.settings),
         hold_out_val=False,
         max_train_rows=0,
         stop_after=int(winner.best["epoch"]),
     )
-    run_id = f"{search_id}-refit"
-    return trainer.train(
-        storage,
+    scale = ScaleConfig(
+        num_workers=str(spec.scale.refit_workers),
+        cpus_per_worker=spec.scale.cpus_per_worker,
+        use_gpu="yes" if plan.trial.use_gpu else "no",
+    )
+    run_id = f"{spec.search_id}-refit"
+    resume = runs.find_run(storage, run_id) is not None
+    refit = trainer.RunSpec(
         run_id,
         config,
-        ScaleConfig(
-            num_workers=str(scale.refit_workers),
-            cpus_per_worker=scale.cpus_per_worker,
-            use_gpu="yes" if plan.trial.use_gpu else "no",
-        ),
-        source=source,
-        resume=runs.find_run(storage, run_id) is not None,
+        scale,
+        source=spec.source,
+        resume=resume,
         kind="refit",
-        search_id=search_id,
-        mlflow=mlflow,
+        search_id=spec.search_id,
+        mlflow=spec.mlflow,
     )
+    return trainer.train(storage, refit)

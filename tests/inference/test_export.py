@@ -63,7 +63,7 @@ def test_the_program_predicts_what_the_checkpoint_does(
         global_batch_size=20,
         precision=precision,
     )
-    row = trainer.train(whole_test, "whole", config, ScaleConfig(num_workers="2"), source=taken).row
+    row = trainer.train(whole_test, trainer.RunSpec("whole", config, ScaleConfig(num_workers="2"), source=taken)).row
     folder = tmp_path / "model"
     flags = ["--storage", whole_test.uri, "--run-id", "whole", "--split", "val", "--export", str(folder)]
     done = call_job(evaluate.main, *flags)

@@ -27,8 +27,9 @@ from fashion.data import preparation, synthetic
 from fashion.reports import tables, tracking
 from fashion.reports.runs import load_run, stored_config
 from fashion.search import search, state
-from fashion.search.sampler import build_sampler, pending_points
+from fashion.search.sampler import build_sampler, pending_trials
 from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
+from fashion.search.search import SearchSpec
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.trial_store import TrialStore, name_of
 from fashion.storage import Storage, open_storage
@@ -129,7 +130,7 @@ def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None
     """Each trial takes both CPUs; the second one starts when the first is done, and is stopped in mid-run."""
     first = ('{"lr": 0.001, "dropout_conv": 0.0, "dropout_fc": 0.0}', '{"lr": 0.03, "dropout_conv": 0.5}')
     config = SearchConfig(num_samples=2, max_epochs=2, reduction_factor=2, workers_per_trial=2, first=first)
-    search.search(prepared, "wide", config, BASE, SearchScale(), source="synthetic")
+    search.search(prepared, SearchSpec("wide", config, BASE, SearchScale(), source="synthetic"))
     found = outcomes(prepared, "wide", config)
     assert [(status, epochs) for _, status, epochs, _ in found] == [("completed", 2), ("stopped", 1)]
     assert load_run(prepared, "wide-t0000")["world_size"] == 2
@@ -139,7 +140,8 @@ def test_trials_with_several_workers_do_not_wait_on_each_other(ray_cluster: None
 def unbroken(ray_cluster: None, prepared: Storage, mlflow_server: str) -> search.SearchResult:
     """A search that nobody interrupts, with a refit; an MLflow server hears of it where there is one."""
     return search.search(
-        prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server
+        prepared,
+        SearchSpec("unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", refit=True, mlflow=mlflow_server),
     )
 
 
@@ -235,9 +237,9 @@ def test_a_tracking_server_that_does_not_answer_is_refused_beforehand(prepared: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         with pytest.raises(UserError, match=f"--mlflow {uri} does not answer"):
-            search.search(prepared, "untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow=uri)
+            search.search(prepared, SearchSpec("untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow=uri))
     with pytest.raises(UserError, match=r"--mlflow sqlite:///x\.db must be the address of a tracking server"):
-        search.search(prepared, "untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow="sqlite:///x.db")
+        search.search(prepared, SearchSpec("untold", CONFIG, BASE, ONE_AT_A_TIME, mlflow="sqlite:///x.db"))
     assert not prepared.exists("searches", "untold")
 
 
@@ -245,7 +247,9 @@ def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepare
     config = SearchConfig(num_samples=1000, max_epochs=2, grace_epochs=2)
     scale = replace(ONE_AT_A_TIME, time_budget_s=15)
     started = time.monotonic()
-    found = search.search(prepared, "hasty", config, replace(BASE, max_train_rows=64), scale, source="synthetic")
+    found = search.search(
+        prepared, SearchSpec("hasty", config, replace(BASE, max_train_rows=64), scale, source="synthetic")
+    )
     assert time.monotonic() - started < 60
     assert 0 < len(found.trials) < 1000
     assert {trial.status for trial in found.trials} <= {"completed", "stopped"}
@@ -256,14 +260,16 @@ def test_a_time_budget_ends_a_search_with_what_it_has(ray_cluster: None, prepare
 
 
 def test_a_finished_search_is_left_alone(unbroken: search.SearchResult, prepared: Storage) -> None:
-    again = search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    again = search.search(
+        prepared, SearchSpec("unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    )
     assert again.was_finished
     assert [trial.trial_id for trial in again.trials] == [trial.trial_id for trial in unbroken.trials]
     with pytest.raises(UserError, match="--search-id unbroken exists already"):
-        search.search(prepared, "unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic")
+        search.search(prepared, SearchSpec("unbroken", CONFIG, BASE, ONE_AT_A_TIME, source="synthetic"))
     other = replace(BASE, max_train_rows=100)
     with pytest.raises(UserError, match=r"--max-train-rows 100 \(was 448\)"):
-        search.search(prepared, "unbroken", CONFIG, other, ONE_AT_A_TIME, source="synthetic", resume=True)
+        search.search(prepared, SearchSpec("unbroken", CONFIG, other, ONE_AT_A_TIME, source="synthetic", resume=True))
 
 
 def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
@@ -309,7 +315,7 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
     moved = open_storage(str(tmp_path / "moved"))
     os.rename(storage.root, moved.root)
     config = replace(CONFIG, first=first)
-    found = search.search(moved, "killed", config, BASE, ONE_AT_A_TIME, source="synthetic", resume=True)
+    found = search.search(moved, SearchSpec("killed", config, BASE, ONE_AT_A_TIME, source="synthetic", resume=True))
     assert outcomes(moved, "killed") == outcomes(prepared, "unbroken"), begun
     assert found.trials[0].trial_id == unbroken.trials[0].trial_id
 
@@ -317,12 +323,14 @@ def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
 def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=2, max_epochs=1, first=('{"lr": NaN}', '{"dropout_fc": 1.5}'))
     with pytest.raises(search.SearchFailed, match=r"no trial has a result; t0000 said: --lr nan must be"):
-        search.search(prepared, "hopeless", config, BASE, ONE_AT_A_TIME, source="synthetic")
+        search.search(prepared, SearchSpec("hopeless", config, BASE, ONE_AT_A_TIME, source="synthetic"))
 
 
 def test_tpe_learns_from_trials_and_remembers_them(ray_cluster: None, prepared: Storage) -> None:
     config = SearchConfig(num_samples=3, max_epochs=1, sampler="tpe", first=('{"lr": 0.001}',))
-    search.search(prepared, "tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
+    search.search(
+        prepared, SearchSpec("tpe", config, replace(BASE, max_train_rows=64), ONE_AT_A_TIME, source="synthetic")
+    )
     book = TrialStore(prepared, "tpe", config, {}, {})
     assert [trial.status for trial in book.trials.values()] == ["completed"] * 3
     low, high = config.lr
@@ -339,7 +347,7 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
         (CONFIG, SearchScale(gpus_per_trial=0.5), "--workers-per-trial 1 with 1 CPUs and 0.5 GPUs each do not fit"),
     ):
         with pytest.raises(UserError, match=told):
-            search.search(prepared, "wide-or-gpu", config, BASE, scale, source="synthetic")
+            search.search(prepared, SearchSpec("wide-or-gpu", config, BASE, scale, source="synthetic"))
     assert not prepared.exists("searches", "wide-or-gpu")
 
 
@@ -396,7 +404,7 @@ def play(book: TrialStore, curves: dict[str, list[float]], stop_after: int) -> i
     """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
     scheduler = replay_scheduler(book)
     decided = 0
-    for point in pending_points(book):
+    for point in pending_trials(book):
         name = point[TRIAL]
         book.start(name, {})
         known = TrialKey(name)
