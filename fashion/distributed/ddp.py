@@ -9,10 +9,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.distributed.shared_memory import ShardedOptimizer
-from fashion.training import run as fit
+from fashion.training.run import WrappedModel
 
 
-def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.WrappedModel:
+def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
     """Return `model` under DDP if there is more than one worker, what moves its weights, and the way of gradients.
 
     No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation. With

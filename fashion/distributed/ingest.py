@@ -14,13 +14,13 @@ from torch import Tensor
 from fashion.config import TrainConfig
 from fashion.data import shards
 from fashion.data.rows import SCHEMA, Split, from_table
-from fashion.training import run as fit
 from fashion.training.batches import Augmentation, Batch, stream_seed
+from fashion.training.run import Rank, Shards, resident_batches
 
 STREAM_BUFFER_ROWS = 8192
 
 
-def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Shards:
+def open_rows(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Shards:
     """Pull this rank's val rows, and its training rows or the means to stream them."""
     num_train_rows = settings["bounds"]["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)
@@ -29,8 +29,8 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
         train_batches = streaming_batches(config, rank, num_steps)
     else:
         images, labels = pull_shard("train", settings, rank)
-        train_batches = fit.resident_batches(config, images, labels, rank, num_steps)
-    return fit.Shards(
+        train_batches = resident_batches(config, images, labels, rank, num_steps)
+    return Shards(
         train_batches=train_batches,
         val=pull_shard("val", settings, rank),
         num_train_rows=num_train_rows,
@@ -40,7 +40,7 @@ def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> 
     )
 
 
-def pull_shard(split: str, settings: dict[str, Any], rank: fit.Rank) -> Batch:
+def pull_shard(split: str, settings: dict[str, Any], rank: Rank) -> Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
     bounds, references = settings["bounds"][split], settings["blocks"][split]
     numbers = shards.blocks_of_shard(bounds, rank.rank, rank.world_size)
@@ -63,7 +63,7 @@ def to_tensors(rows: Split, device: torch.device) -> Batch:
     return images.to(device), torch.from_numpy(rows.labels.astype(np.int64)).to(device)
 
 
-def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Callable[[int], Iterator[Batch]]:
+def streaming_batches(config: TrainConfig, rank: Rank, num_steps: int) -> Callable[[int], Iterator[Batch]]:
     """Return `train_batches(epoch)` for rows that do not fit: read anew in each epoch, shuffled within a buffer.
 
     Ray's local shuffle buffer is not used: it yields short batches in mid-stream, and ranks with unequal steps hang.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fashion.training.optimizer import BLOCK_ROWS, kept_names
+from fashion.training.optimizer import BLOCK_ROWS, state_names
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file of a random name that only its owner may open
 # Values of a parameter that are averaged and moved at a time. Of 2**14 to 2**23 this averages fastest on Zen 4: fewer
@@ -173,8 +173,8 @@ class ShardedOptimizer:
 
 
 def kept_by_parameter(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, bool]]:
-    """Return, for each parameter, what `optimizer` keeps for it: see `kept_names`."""
-    groups = zip(optimizer.param_groups, kept_names(optimizer), strict=True)
+    """Return, for each parameter, what `optimizer` keeps for it: see `state_names`."""
+    groups = zip(optimizer.param_groups, state_names(optimizer), strict=True)
     return {weight: names for group, names in groups for weight in group["params"]}
 
 

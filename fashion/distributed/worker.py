@@ -19,9 +19,9 @@ from fashion.distributed.ingest import open_rows
 from fashion.distributed.lean_trainer import reclaim_announced
 from fashion.distributed.watchdog import Watchdog
 from fashion.storage import Storage, open_storage
-from fashion.training import run as fit
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer, progress_of
+from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, peak_memory_bytes, prepare_process
 
 # Besides that of the best epoch: one may turn out damaged, and the one before it costs less than the run.
 CHECKPOINTS_TO_KEEP = 2
@@ -39,7 +39,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to judge them.
     Reports once per epoch from every rank.
     """
-    prepare_process(settings["threads"])
+    prepare_worker(settings["threads"])
     storage, folder, faults = open_storage(settings["storage"]), tuple(settings["folder"]), settings["faults"]
     with Watchdog(faults["hang_timeout_s"], lambda stacks: leave_stacks(storage, folder, stacks)) as watchdog:
         run = start_run(settings)
@@ -48,7 +48,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         if settings["trial"]:
             note_placement_group(settings["trial"])
             for metrics in run.history:
-                ray.train.report(run.facts() | metrics)
+                ray.train.report(run.process_columns() | metrics)
         diverged = None
         try:
             train(run, manager, settings, watchdog, notes)
@@ -56,16 +56,16 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
             diverged = str(error)
         manager.wait()
-        return run.facts() | {
+        return run.process_columns() | {
             "history": run.history,
             "diverged": diverged,
-            "peak_memory_bytes": int(sync.largest(fit.peak_memory_bytes(), run.rank.device)),
+            "peak_memory_bytes": int(sync.largest(peak_memory_bytes(), run.rank.device)),
             "resumed_from": resumed_from,
         }
 
 
 def train(
-    run: fit.TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
+    run: TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
 ) -> None:
     """Train what remains of `run`: save it when that is due, report each epoch. `notes` go with the first report."""
     timer = CheckpointTimer(settings["faults"]["checkpoint_every_s"])
@@ -86,11 +86,11 @@ def train(
             timer.restart()
         if progress.metrics is not None:
             manager.wait()  # what is reported stays done, whatever comes
-            ray.train.report(run.facts() | progress.metrics | {"notes": notes})
+            ray.train.report(run.process_columns() | progress.metrics | {"notes": notes})
             notes = []
 
 
-def step_publisher(settings: dict[str, Any], run: fit.TrainingRun) -> Callable[[int, int], None]:
+def step_publisher(settings: dict[str, Any], run: TrainingRun) -> Callable[[int, int], None]:
     """Return what publishes each step for the progress bar, on rank 0 and if there is one; else it does nothing."""
     if settings["show_bar"] and run.rank.rank == 0:
         return StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
@@ -105,10 +105,10 @@ def leave_stacks(storage: Storage, folder: tuple[str, ...], stacks: str) -> None
     time.sleep(SECONDS_FOR_OTHERS)
 
 
-def prepare_process(threads: int) -> None:
+def prepare_worker(threads: int) -> None:
     """Set up a process that trains: its output, its memory, and `threads` of computation."""
     quieten()
-    fit.prepare_process(threads)
+    prepare_process(threads)
 
 
 def note_placement_group(trial: str) -> None:
@@ -123,17 +123,17 @@ def placement_key(trial: str) -> bytes:
     return f"fashion/placement/{trial}".encode()
 
 
-def start_run(settings: dict[str, Any], wrap: fit.WrapModel = wrap_in_ddp) -> fit.TrainingRun:
+def start_run(settings: dict[str, Any], wrap: WrapModel = wrap_in_ddp) -> TrainingRun:
     """Return the run at its very start, this rank's rows pulled and the network under DDP, or as `wrap` has it."""
     config = TrainConfig.from_dict(settings["config"])
     context = ray.train.get_context()
-    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    rank = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     rows = open_rows(config, settings, rank)
     check_equal_steps(config, rows, rank)
-    return fit.TrainingRun(config, rows, rank, wrap)
+    return TrainingRun(config, rows, rank, wrap)
 
 
-def restore_newest(run: fit.TrainingRun, manager: CheckpointManager) -> tuple[int | None, list[str]]:
+def restore_newest(run: TrainingRun, manager: CheckpointManager) -> tuple[int | None, list[str]]:
     """Continue from the newest checkpoint that is whole; return the epoch that it was made in or after, and notes.
 
     Rank 0 chooses for all; damaged ones that are newer go, for the run takes another course from there.
@@ -153,7 +153,7 @@ def restore_newest(run: fit.TrainingRun, manager: CheckpointManager) -> tuple[in
     return run.epochs_done, [*notes, f"goes on from checkpoint {chosen[0]}"]
 
 
-def check_equal_steps(config: TrainConfig, rows: fit.Shards, rank: fit.Rank) -> None:
+def check_equal_steps(config: TrainConfig, rows: Shards, rank: Rank) -> None:
     """Make sure that all ranks take the same number of steps: with unequal ones DDP would wait for ever at the end."""
     steps = config.steps_per_epoch(rows.num_train_rows)
     most, fewest = sync.largest(steps, rank.device), -sync.largest(-steps, rank.device)

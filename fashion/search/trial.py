@@ -20,10 +20,10 @@ from fashion.distributed import ingest, worker
 from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
-from fashion.training import run as fit
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
 from fashion.training.metrics import Metrics
+from fashion.training.run import Rank, TrainingRun, peak_memory_bytes, without_ddp
 
 TRIAL = "trial"
 """Key of a trial's own name, such as `t0003`, among its settings; Tune's ids differ from one life to the next."""
@@ -56,7 +56,7 @@ def end_badly(epoch: int, reason: str, message: str) -> None:
 
 def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
     """Train with one worker in this process: no other process, no DDP, the rows straight from the object store."""
-    worker.prepare_process(shared["threads"])
+    worker.prepare_worker(shared["threads"])
     run = open_run(config, shared)
     manager = CheckpointManager(open_storage(shared["storage"]), folder, newest=1)
     latest, _ = manager.newest_whole()
@@ -80,16 +80,16 @@ def train_here(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, A
         end_badly(run.epochs_done + 1, "diverged", str(error))
 
 
-def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.TrainingRun:
+def open_run(config: TrainConfig, shared: dict[str, Any]) -> TrainingRun:
     """Return the run at its very start."""
-    rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
+    rank = Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
     rows = ingest.open_rows(config, shared, rank)
-    return fit.TrainingRun(config, rows, rank, fit.alone)
+    return TrainingRun(config, rows, rank, without_ddp)
 
 
-def report(run: fit.TrainingRun, metrics: Metrics) -> None:
+def report(run: TrainingRun, metrics: Metrics) -> None:
     """Hand an epoch to Tune and wait; if the trial is stopped here, this does not return."""
-    ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
+    ray.tune.report(run.process_columns() | metrics | {"peak_memory_bytes": peak_memory_bytes()})
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
