@@ -20,7 +20,7 @@ from fashion.training.run import Rank, Shards, resident_batches
 STREAM_BUFFER_ROWS = 8192
 
 
-def open_rows(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Shards:
+def open_shards(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Shards:
     """Pull this rank's val rows, and its training rows or the means to stream them."""
     num_train_rows = settings["bounds"]["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)

@@ -15,7 +15,7 @@ from fashion.cluster.connection import quieten
 from fashion.config import TrainConfig
 from fashion.distributed.callbacks import StepCounter
 from fashion.distributed.ddp import wrap_in_ddp
-from fashion.distributed.ingest import open_rows
+from fashion.distributed.ingest import open_shards
 from fashion.distributed.lean_trainer import reclaim_announced
 from fashion.distributed.watchdog import Watchdog
 from fashion.storage import Storage, open_storage
@@ -128,7 +128,7 @@ def start_run(settings: dict[str, Any], wrap: WrapModel = wrap_in_ddp) -> Traini
     config = TrainConfig.from_dict(settings["config"])
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank)
+    rows = open_shards(config, settings, rank)
     check_equal_steps(config, rows, rank)
     return TrainingRun(config, rows, rank, wrap)
 

@@ -1,4 +1,4 @@
-"""What a search does when Ray Tune tells it of a trial: record it, print a line, remove checkpoints."""
+"""The callback of a search on Ray Tune: records each trial, prints a line per epoch, removes checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,49 @@ KEPT = {
     *(name for pair in TIMES.values() for name in pair),
     *(f"{split}_{figure}" for split in TIMES for figure in ("loss", "accuracy", "rows")),
 }
-"""What is kept of a report to Tune, which adds a good deal of its own."""
+"""Metrics that are kept of a trial's result; Tune adds many of its own."""
 
 
 class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Writes what Tune hears of trials into the trial store and onto the console; removes ended trials' checkpoints."""
+    """Records trials in the trial store and prints their epochs and ends; removes ended trials' checkpoints."""
 
     def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
         self._storage = storage
         self._search_id = search_id
         self._store = store
-        self._bad_ends: dict[str, tuple[str, str]] = {}
+        self._failures: dict[str, tuple[str, str]] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that starts, or starts again after a crash."""
-        point = trial.config
-        self._store.start(point[TRIAL], {name: value for name, value in point.items() if name != TRIAL})
+        """Record that a trial starts, or starts again after a crash."""
+        settings = {name: value for name, value in trial.config.items() if name != TRIAL}
+        self._store.start(trial.config[TRIAL], settings)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Note an epoch, or how a trial ends badly."""
+        """Record an epoch, or why a trial fails."""
         name = trial_name(trial)
         for reason, status in (("diverged", "diverged"), ("refused", "error")):
             if reason in result:
-                self._bad_ends[name] = (status, result[reason])
+                self._failures[name] = (status, result[reason])
                 return
         metrics: Metrics = {key: value for key, value in result.items() if key in KEPT}
         self._store.add_epoch(name, metrics, result["time_this_iter_s"])
         print(trial_line(self._store, name), flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that was stopped, ran its last epoch, or ended badly."""
+        """Record the end of a trial that was stopped, ran its last epoch, or failed with a reason."""
         name = trial_name(trial)
         done = len(self._store.trials[name].history) >= self._store.config.max_epochs
-        self._end(name, *self._bad_ends.get(name, ("completed" if done else "stopped", None)))
+        self._end(name, *self._failures.get(name, ("completed" if done else "stopped", None)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Free what a crashed trial held, so that its second try can start."""
+        """Free the resources of a crashed trial, so that it can start again."""
         remove_workers(self._search_id, trial_name(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note a trial that crashed once too often."""
-        # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
+        """Record a trial that crashed once more than it may."""
+        # Tune has just written this file; `trial.get_error` reads its copy in the storage, which may be written later.
         self._end(trial_name(trial), "error", trainer.summarise_error(Path(trial.error_file).read_text()))
 
     def _end(self, name: str, status: str, error: str | None) -> None:
@@ -71,7 +71,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
 
 def trial_line(store: TrialStore, name: str) -> str:
-    """Return a line for a trial's latest epoch."""
+    """Return the line for the console about a trial's latest epoch."""
     trial = store.trials[name]
     latest = trial.history[-1]
     settings = "  ".join(

@@ -1,4 +1,4 @@
-"""What a search will occupy: fit it to the live cluster, or refuse it with the numbers before anything starts."""
+"""The plan of a search: how many trials run at a time and what each uses, fitted to the live cluster."""
 
 from dataclasses import dataclass, replace
 
@@ -9,28 +9,29 @@ from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.data.manifest import Manifest
 from fashion.search.space import SearchConfig, SearchScale
 
-# Weights and two moments in fp32 of the largest variant; a trial keeps the old one until the new one is whole.
+# A checkpoint holds the weights and two moments of the largest network in fp32.
 CHECKPOINT_MB = 92
-AVERAGE_MB = 31  # the weights once more, where an average of them is evaluated
-# Memory of the process that a trial with workers of its own adds to them.
+# With `ema_decay` it holds the weights' moving average as well.
+EMA_MB = 31
+# Memory of the process of a trial whose workers are processes of their own.
 NESTED_TRIAL_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search will occupy."""
+    """What a search will use of the cluster; `jobs.tune` prints it before anything starts."""
 
     trial: Plan
-    """One trial."""
+    """The plan of one trial."""
     num_trials: int
     concurrent: int
-    """Trials at a time."""
+    """Most trials at a time."""
     gpus_per_trial: float
     rungs: list[int]
     judge_by: str
     max_epochs: int
     checkpoint_mb: int
-    """Size of one checkpoint."""
+    """Size of one checkpoint, in 10**6 bytes."""
 
     def process_resources(self) -> dict[str, float]:
         """Return what Ray reserves for a trial's own process: no CPU if its workers are processes of their own."""
@@ -39,7 +40,7 @@ class SearchPlan:
         return {"CPU": self.trial.cpus_per_worker} | ({"GPU": self.gpus_per_trial} if self.gpus_per_trial else {})
 
     def lines(self) -> list[str]:
-        """Return the plan in words, one fact a line."""
+        """Return the plan as text for the console, a line per topic."""
         workers = self.trial.num_workers[0]
         each = f"{workers} worker(s) of {self.trial.cpus_per_worker:g} CPU"
         each += f" and {self.gpus_per_trial:g} GPU(s)" if self.gpus_per_trial else ""
@@ -60,7 +61,7 @@ class SearchPlan:
 
 
 def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale, manifest: Manifest) -> SearchPlan:
-    """Fit a search to the live cluster; raises `UserError` with the numbers when not even one trial fits."""
+    """Return the plan of a search on the live cluster; raises `UserError` with the numbers if no trial fits."""
     workers = config.workers_per_trial
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus_each = scale.gpus_per_trial / workers
@@ -71,7 +72,7 @@ def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale
         f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not fit: "
         f"the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; lower one of them",
     )
-    one = make_plan(
+    trial = make_plan(
         base, ScaleConfig(num_workers=str(workers), cpus_per_worker=scale.cpus_per_worker, use_gpu="no"), manifest
     )
     use_gpu = scale.gpus_per_trial > 0
@@ -80,12 +81,12 @@ def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale
         memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
         concurrent = max(1, min(concurrent, memory))
     return SearchPlan(
-        trial=replace(one, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
+        trial=replace(trial, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
         num_trials=config.num_samples,
         concurrent=min(concurrent, scale.max_concurrent or concurrent),
         gpus_per_trial=scale.gpus_per_trial,
         rungs=config.rungs,
         judge_by=config.judge_by,
         max_epochs=config.max_epochs,
-        checkpoint_mb=CHECKPOINT_MB + (AVERAGE_MB if base.ema_decay else 0),
+        checkpoint_mb=CHECKPOINT_MB + (EMA_MB if base.ema_decay else 0),
     )

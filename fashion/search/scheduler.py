@@ -1,4 +1,4 @@
-"""Which trials a search stops: ASHA that knows trials by names that stay the same when a search is resumed."""
+"""The scheduler that stops trials: ASHA with trial names that stay the same when a search is resumed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +12,22 @@ from fashion.training.metrics import rung_score
 
 
 def trial_name(trial: Any) -> str:
-    """Return a Tune trial's own name, which is also that of its folder."""
+    """Return the name, as `t0003`, of a Tune trial; its folder has the same name."""
     return str(trial.config[TRIAL])
 
 
 @dataclass(frozen=True)
 class TrialKey:
-    """A trial as the scheduler sees it: by a name that stays."""
+    """Stands for a trial in Ray's scheduler, which uses `trial_id` alone: here the trial's name, not Tune's id."""
 
     trial_id: str
 
 
 class ASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
-    """Asynchronous successive halving that knows trials by their own names, the same in each life of a search.
+    """Asynchronous successive halving that identifies trials by their names, so that a search can be resumed.
 
-    Ray's is the stopping variant of Li et al. 2018 (arXiv 1810.05934): at a rung, a trial below the best share of those
-    that got there before is stopped. The first ones to arrive always pass.
+    Ray's scheduler is the stopping variant of Li et al. 2018 (arXiv 1810.05934): at a rung, it stops a trial unless
+    its score is in the best share of those that reached the rung so far. The first trials to reach a rung always pass.
     """
 
     def __init__(self, config: SearchConfig) -> None:
@@ -42,41 +42,41 @@ class ASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no types
         self._judge_by = config.judge_by
 
     def _scored(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Put `rung_score` where Ray looks: Tune insists that the metric it looks for is one that trials report."""
+        """Return `result` with `rung_score` as the metric: Tune expects the metric among a trial's own."""
         return result | {METRIC: rung_score(result, self._judge_by)}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take a trial up."""
+        """Add a trial."""
         super().on_trial_add(tune_controller, trial_key(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide on a trial's result."""
+        """Decide, on an epoch's result, whether the trial continues."""
         return str(super().on_trial_result(tune_controller, trial_key(trial), self._scored(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Take note of a trial's end."""
+        """Record a trial's end and its last result."""
         super().on_trial_complete(tune_controller, trial_key(trial), self._scored(result))
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Forget a trial that never ran."""
+        """Remove a trial that never ran."""
         super().on_trial_remove(tune_controller, trial_key(trial))
 
 
 def trial_key(trial: Any) -> TrialKey:
-    """Return what stands for a Tune trial; an alias stands for itself."""
+    """Return the key of a Tune trial; a key is returned as it is."""
     return trial if isinstance(trial, TrialKey) else TrialKey(trial_name(trial))
 
 
 def replay_scheduler(store: TrialStore) -> ASHA:
-    """Return the scheduler in the state that it was in: it is shown each decided result again, oldest trial first."""
+    """Return a scheduler that has got every judged result again, trial by trial, and so has its former state."""
     scheduler = ASHA(store.config)
-    for trial, decided in store.judged():
-        known = TrialKey(trial.trial_id)
-        scheduler.on_trial_add(None, known)
-        for metrics in decided:
-            scheduler.on_trial_result(None, known, metrics)
+    for trial, judged in store.judged():
+        key = TrialKey(trial.trial_id)
+        scheduler.on_trial_add(None, key)
+        for metrics in judged:
+            scheduler.on_trial_result(None, key, metrics)
         if trial.status == "diverged":
-            scheduler.on_trial_result(None, known, {"epoch": len(decided) + 1})
-        if trial.status in ENDED and decided:
-            scheduler.on_trial_complete(None, known, decided[-1])
+            scheduler.on_trial_result(None, key, {"epoch": len(judged) + 1})
+        if trial.status in ENDED and judged:
+            scheduler.on_trial_complete(None, key, judged[-1])
     return scheduler

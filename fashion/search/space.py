@@ -1,6 +1,6 @@
-"""What a search tries: ranges of settings, the draws from them, the epochs at which trials are judged.
+"""The flags of a search: the ranges of its settings and the draws from them, its rungs, and its resources.
 
-Knows the standard library only, like `fashion.config`, whose rules it follows.
+Imports the standard library only, like `fashion.config`, so that `--help` is quick.
 """
 
 import dataclasses
@@ -67,11 +67,11 @@ class SearchConfig:
         for name in CHOICES:
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"{flag(name)} names {' '.join(values)}: each one once")
-        known = self.searched()
+        searched = self.searched()
         for text in self.first:
-            unknown = sorted(set(parse_settings(text)) - set(known))
+            others = sorted(set(parse_settings(text)) - set(searched))
             require(
-                not unknown, f"--first {text} sets {', '.join(unknown)}; this search draws {', '.join(sorted(known))}"
+                not others, f"--first {text} sets {', '.join(others)}; this search draws {', '.join(sorted(searched))}"
             )
 
     @staticmethod
@@ -85,21 +85,21 @@ class SearchConfig:
             TrainConfig.from_dict({name: value})  # what no run takes, no search draws
 
     def searched(self) -> list[str]:
-        """Return the settings that the search draws."""
+        """Return the names of the settings that the search draws."""
         return [name for name in LOG_UNIFORM + UNIFORM + CHOICES if getattr(self, name)]
 
     @property
     def rungs(self) -> list[int]:
-        """Epochs at which trials are judged, ascending; computed as Ray 2.60's scheduler does."""
+        """Epochs after which ASHA judges trials, ascending; computed as in Ray 2.60's scheduler."""
         count = int(math.log(self.max_epochs / self.grace_epochs) / math.log(self.reduction_factor) + 1)
         return [self.grace_epochs * self.reduction_factor**k for k in range(count)]
 
     def planted(self, number: int) -> dict[str, Any]:
-        """Return what `first` sets in trial `number`, counted from 0."""
+        """Return the settings that `first` gives to trial `number`, counted from 0."""
         return parse_settings(self.first[number]) if number < len(self.first) else {}
 
     def draw(self, number: int) -> dict[str, Any]:
-        """Return the settings of trial `number` by seed: each depends on seed, trial and name alone."""
+        """Return the settings of trial `number`, counted from 0; each depends on seed, `number` and its name alone."""
         settings: dict[str, Any] = {}
         for name in self.searched():
             source = random.Random(f"{self.seed}/{number}/{name}")  # noqa: S311  # nothing to keep secret
@@ -118,7 +118,7 @@ class SearchConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values, as JSON gives them; raises `UserError` naming what is none, or of another type."""
+        """Build from plain values, as parsed from JSON; raises `UserError` naming an unknown field or a wrong type."""
         if not isinstance(values, dict):
             return build(cls, values)
         return build(cls, {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

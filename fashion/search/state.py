@@ -1,4 +1,4 @@
-"""What identifies a search: its settings, written before its first trial and compared on `--resume`."""
+"""The file `search.json`: the settings of a search, written before its first trial and compared on `--resume`."""
 
 import json
 from typing import Any
@@ -13,14 +13,14 @@ STATE_VERSION = 2
 
 
 def state_place(search_id: str) -> tuple[str, ...]:
-    """Return where a search keeps its settings."""
+    """Return where `search.json` of a search lies, as parts of a path in the storage."""
     return (schemas.SEARCHES_FOLDER, search_id, STATE_FILE)
 
 
 def write_state(
     storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig, identity: dict[str, Any]
 ) -> None:
-    """Write down what the search is, before its first trial."""
+    """Write the settings of a search, and the identity of its data and code."""
     state = {
         "state_version": STATE_VERSION,
         "search": config.to_dict(),
@@ -55,7 +55,7 @@ def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, Tra
 
 
 def check_new_search(storage: Storage, search_id: str) -> None:
-    """Raise `UserError` if a search of that name has left anything."""
+    """Raise `UserError` if the storage holds a search of that name."""
     require(
         not storage.exists(schemas.SEARCHES_FOLDER, search_id),
         f"--search-id {search_id} exists already in {storage.uri}; add --resume to continue it, or name another",
@@ -64,10 +64,12 @@ def check_new_search(storage: Storage, search_id: str) -> None:
 
 def check_same_search(storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig) -> None:
     """Raise `UserError` naming each setting in which a resumed search differs from the stored one."""
-    asked = {**base.to_dict(), **config.to_dict()}
+    requested = {**base.to_dict(), **config.to_dict()}
     stored_config, stored_base = stored_settings(storage, search_id)
     stored = {**stored_base.to_dict(), **stored_config.to_dict()}
-    differing = [f"{flag(name)} {asked[name]} (was {stored[name]})" for name in stored if asked[name] != stored[name]]
+    differing = [
+        f"{flag(name)} {requested[name]} (was {stored[name]})" for name in stored if requested[name] != stored[name]
+    ]
     require(
         not differing,
         f"--resume {search_id} was given other settings: {', '.join(differing)}; leave them out, or start a new search",

@@ -1,6 +1,6 @@
-"""What a search has learned, kept in the reports: a row per trial, its epochs, its run. Knows neither Ray nor torch.
+"""The trials of a search, stored in the reports: a row per trial, its epochs, its run. Imports neither Ray nor torch.
 
-The rows are all that a search needs to go on: they appear as trials start, report and end, each as a whole.
+A search needs these rows alone to resume. They are written when a trial starts, reports an epoch, and ends.
 """
 
 import json
@@ -19,22 +19,22 @@ from fashion.training.metrics import Metrics, checkpoint_score, epoch_rows, from
 
 ENDED = ("completed", "stopped", "diverged", "error")
 RUN_STATUS = {"stopped": "completed", "error": "failed"}
-"""How the `runs` table calls a trial's status, where it has another word."""
+"""A trial's status as the `runs` table names it, where that table has another name."""
 
 
 def name_of(number: int) -> str:
-    """Return the name of trial `number`, counted from 0: the same in every life of a search."""
+    """Return the name, as `t0003`, of trial `number`, counted from 0; it stays the same when a search is resumed."""
     return f"t{number:04d}"
 
 
 def run_id_of(search_id: str, trial_id: str) -> str:
-    """Return the id under which a trial's rows stand in all tables."""
+    """Return the `run_id` of a trial's rows in all tables."""
     return f"{search_id}-{trial_id}"
 
 
 @dataclass
 class Trial:
-    """A trial so far."""
+    """The settings, status and epochs of a trial."""
 
     trial_id: str
     settings: dict[str, Any]
@@ -43,28 +43,32 @@ class Trial:
     started_at: datetime | None = None
     wall_s: float = 0.0
     history: list[Metrics] = field(default_factory=list)
-    """Metrics of each epoch, as `fit.Run` gives them, with what the process knows of itself."""
+    """Metrics of each epoch, as `TrainingRun` yields them, with its `process_columns`."""
 
     @property
     def best(self) -> Metrics | None:
-        """Metrics of the best epoch."""
+        """Metrics of the best epoch, or None before the first epoch."""
         return max(self.history, key=checkpoint_score, default=None)
 
     @property
     def score(self) -> float:
-        """What trials are ranked by; failed ones come last."""
+        """The score by which trials are ranked, higher is better; -1 for failed trials and those without an epoch."""
         best = self.best
         return -1.0 if best is None or self.status in ("diverged", "error") else checkpoint_score(best)
 
 
 class TrialStore:
-    """All trials of one search: read from the reports at the start, written as they change. One writer at a time."""
+    """All trials of one search: reads them from the reports at the start, and writes each one when it changes.
+
+    Only one process may write at a time.
+    """
 
     def __init__(
         self, storage: Storage, search_id: str, config: SearchConfig, identity: dict[str, Any], base: dict[str, Any]
     ) -> None:
-        """Read what earlier lives left. `identity` holds the `runs` columns that all trials share, `base` the settings
-        that are not searched.
+        """Read the trials that the search has started so far. Raises `UserError` if their reports are damaged.
+
+        `identity` holds the `runs` columns that all trials share, `base` the settings that are not searched.
         """
         self.config = config
         self._storage = storage
@@ -87,7 +91,7 @@ class TrialStore:
             history = from_rows(tables.read_table(self._storage, "epochs", run_id))
         except (ValueError, IndexError) as error:
             raise UserError(f"the reports of {run_id} are damaged ({error}); start another search") from error
-        facts = {name: run[name] for name in schemas.PROCESS_COLUMNS}
+        columns = {name: run[name] for name in schemas.PROCESS_COLUMNS}
         return Trial(
             trial_id,
             settings,
@@ -95,23 +99,23 @@ class TrialStore:
             row["error"],
             run["started_at"],
             row["wall_s"] or 0.0,
-            [facts | metrics for metrics in history],
+            [columns | metrics for metrics in history],
         )
 
-    # --- what is to be done -------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def unfinished(self) -> list[Trial]:
-        """Return the trials that an earlier life began and did not end, in the order in which they were drawn."""
+        """Return the trials that have started and not ended, by number."""
         return [trial for trial in self.trials.values() if trial.status not in ENDED]
 
-    def untouched(self) -> list[int]:
-        """Return the numbers of the trials that nobody began."""
+    def not_started(self) -> list[int]:
+        """Return the numbers of the trials that have not started."""
         return [number for number in range(self.config.num_samples) if name_of(number) not in self.trials]
 
     def judged(self) -> Iterator[tuple[Trial, list[Metrics]]]:
-        """Yield each trial with the epochs that a scheduler has surely decided on, oldest trial first.
+        """Yield each trial, by name, with the epochs that the scheduler has certainly judged.
 
-        An unfinished trial's last epoch may have been written without being acted on: the trial reports it again.
+        The last epoch of an unfinished trial may have been written before it was judged: the trial reports it again.
         """
         for trial in sorted(self.trials.values(), key=lambda trial: trial.trial_id):
             yield trial, trial.history if trial.status in ENDED else trial.history[:-1]
@@ -120,15 +124,15 @@ class TrialStore:
         """Return all trials, best first."""
         return sorted(self.trials.values(), key=lambda trial: (-trial.score, trial.trial_id))
 
-    # --- what becomes of it -------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def start(self, trial_id: str, settings: dict[str, Any]) -> None:
-        """Write down that a trial runs, for the first time or again."""
+        """Record that a trial starts, for the first time or again."""
         trial = self.trials.setdefault(trial_id, Trial(trial_id, settings, started_at=datetime.now(UTC)))
         self._write(trial)
 
     def add_epoch(self, trial_id: str, metrics: Metrics, seconds: float) -> None:
-        """Write down an epoch; reported again, it takes the place of the earlier one and of all after it."""
+        """Record an epoch that took `seconds`; an epoch reported again replaces the earlier one and all after it."""
         trial = self.trials[trial_id]
         trial.history = [*trial.history[: int(metrics["epoch"]) - 1], metrics]
         trial.wall_s += seconds
@@ -137,13 +141,13 @@ class TrialStore:
         self._write(trial)
 
     def end(self, trial_id: str, status: str, error: str | None = None) -> None:
-        """Write down how a trial ended, its epochs included: they may be those of an earlier life."""
+        """Record how a trial ended; `status` is one of `ENDED`."""
         trial = self.trials[trial_id]
         trial.status, trial.error = status, error
         self._write(trial)
 
     def _write(self, trial: Trial) -> None:
-        """Write the trial's rows; that in `trials` goes last, since a search finds its trials there."""
+        """Write the rows in `runs` and then in `trials`, where a resumed search looks for its trials."""
         tables.write_table(self._storage, "runs", self._run_id(trial.trial_id), [self._run_row(trial)])
         tables.write_table(self._storage, "trials", self._run_id(trial.trial_id), [self._trial_row(trial)])
 
@@ -160,11 +164,11 @@ class TrialStore:
             "wall_s": trial.wall_s,
             "config_json": json.dumps(self._base | trial.settings, sort_keys=True),
         }
-        facts = {name: latest.get(name) for name in schemas.PROCESS_COLUMNS}
+        columns = {name: latest.get(name) for name in schemas.PROCESS_COLUMNS}
         return (
             self._identity
             | row
-            | facts
+            | columns
             | (summarise(trial.history, int(trial.best["epoch"])) if trial.best else {"epochs_done": 0})
         )
 
@@ -192,7 +196,7 @@ class TrialStore:
 
 
 def fitting(kind: pa.DataType, value: Any) -> Any:
-    """Return `value` if a column of `kind` holds it, else None: what a user planted may be anything."""
+    """Return `value` if a column of type `kind` can hold it, else None: settings from `--first` may be of any type."""
     try:
         return pa.scalar(value, kind).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -126,7 +126,7 @@ def test_a_trial_store_is_read_back_as_it_was_written(storage: Storage) -> None:
     assert again.trials["t0000"].settings == {"lr": 0.1, "dropout_fc": 0.2}
     assert [each["val_accuracy"] for each in again.trials["t0000"].history] == [0.6, 0.5]
     assert [trial.trial_id for trial in again.unfinished()] == ["t0001"]
-    assert again.untouched() == [3]
+    assert again.not_started() == [3]
     assert [trial.trial_id for trial in again.ranked()] == ["t0001", "t0000", "t0002"]
     judged = {trial.trial_id: len(history) for trial, history in again.judged()}
     assert judged == {"t0000": 2, "t0001": 0, "t0002": 0}, "an unfinished trial's last epoch may not have been judged"
