@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `jobs.prepare` takes."""
+    """The flags of `jobs.prepare`."""
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that holds data, runs and reports."""
@@ -30,7 +30,7 @@ class Flags:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, prepare, print what is there."""
+    """Parse the flags, prepare the data, print what the storage now holds."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.prepare", description=__doc__ or "", default=Flags())
     from fashion.data import preparation
     from fashion.data.manifest import DATA_FOLDER
@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare_or_synthetic(storage: "Storage", flags: Flags) -> "tuple[Manifest, bool]":
-    """Prepare for somebody who has nothing yet: the stand-in, loudly, where the real data cannot be downloaded.
+    """Prepare the real data or, with a warning, the stand-in if the real data cannot be downloaded.
 
-    Every other failure stays one: it would fail for the stand-in too, or hide what the user should mend.
+    Every other failure is raised: the stand-in would fail for the same reason, or hide what the user should mend.
     """
     from fashion.data import archives, preparation
 

@@ -173,7 +173,7 @@ def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
     place = open_storage(uri_of(port, "bucket/claims"))
 
     def claim() -> NameLock:
-        return NameLock(place, "runs", "mine", "--run-id", beat_s=1.0)
+        return NameLock(place, "runs", "mine", "--run-id", heartbeat_s=1.0)
 
     with claim():
         owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
@@ -341,7 +341,7 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     first = Driver(remote, "one")
     first.wait_for(first.workers)
     owner = f"--run-id one is in use by process {first.process.pid} of"
-    with pytest.raises(UserError, match=owner), NameLock(remote, "runs", "one", "--run-id", beat_s=2.0):
+    with pytest.raises(UserError, match=owner), NameLock(remote, "runs", "one", "--run-id", heartbeat_s=2.0):
         pass  # it renews its note each 5 s, and is watched for 6
     manager = CheckpointManager(remote, ("runs", "one"), newest=2)
     earlier = first.wait_for(lambda: manager.newest_whole()[0])

@@ -75,16 +75,16 @@ def run_study(
         for seed in range(study.seeds):
             for arm in part.arms:
                 run_id = study.run_id(name, arm, seed)
-                trainer.train(
-                    storage,
+                spec = trainer.RunSpec(
                     run_id,
                     study.config(name, arm, seed),
                     scale,
-                    options=trainer.RunOptions(
-                        faults=faults, source=source, resume=find_run(storage, run_id) is not None, kind="study"
-                    ),
-                    announce=functools.partial(announce, run_id),
+                    faults=faults,
+                    source=source,
+                    resume=find_run(storage, run_id) is not None,
+                    kind="study",
                 )
+                trainer.train(storage, spec, announce=functools.partial(announce, run_id))
             rows = part_rows(storage, study, name, seed + 1)
             tables.write_table(storage, "study", f"{study.study_id}-{name}", rows)
         yield name, rows

@@ -89,7 +89,7 @@ def time_job_and_references(settings: dict[str, Any]) -> Rates:
 
     Returns images/s for each repeat.
     """
-    worker.prepare_process(settings["threads"])
+    worker.prepare_worker(settings["threads"])
     run = worker.start_run(settings)
     steps = settings["steps"]
     rows = steps * run.config.global_batch_size

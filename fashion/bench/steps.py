@@ -32,7 +32,7 @@ from fashion.distributed import ingest, worker
 from fashion.storage import Storage
 from fashion.training import loop
 from fashion.training.batches import Batch
-from fashion.training.run import TrainingRun, alone, prepare_process
+from fashion.training.run import TrainingRun, prepare_process, without_ddp
 
 STEPS = 60  # training steps of a side in each repeat
 # Rows d and g: epochs of batches in each repeat; a single epoch would last less than 0.1 s.
@@ -58,8 +58,8 @@ def step_vs_limit(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Me
 
 def time_step_and_product(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate steps and matrix products; return GFLOP/s of all ranks, per repeat."""
-    worker.prepare_process(settings["threads"])
-    run = worker.start_run(settings, alone)
+    worker.prepare_worker(settings["threads"])
+    run = worker.start_run(settings, without_ddp)
     device = run.rank.device
     steps = settings["steps"]
     batches = repeat_batch(run, steps)
@@ -104,8 +104,8 @@ def job_vs_step(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Meas
 
 def time_job_and_step(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate the job's loop and bare steps; return images/s of all ranks, per repeat."""
-    worker.prepare_process(settings["threads"])
-    run, plain = worker.start_run(settings), worker.start_run(settings, alone)
+    worker.prepare_worker(settings["threads"])
+    run, plain = worker.start_run(settings), worker.start_run(settings, without_ddp)
     steps = settings["steps"]
     rows = steps * run.config.global_batch_size
     batches = repeat_batch(run, steps)
@@ -119,7 +119,7 @@ def time_job_and_step(settings: dict[str, Any]) -> Rates:
 
 def first_batches(run: TrainingRun, epoch: int, steps: int) -> "itertools.islice[Batch]":
     """Return the first `steps` batches of an epoch."""
-    return itertools.islice(run.rows.train_batches(epoch), steps)
+    return itertools.islice(run.shards.train_batches(epoch), steps)
 
 
 # --- d, g: batches, nothing trained ---------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def decode(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def time_resident_and_streamed(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate epochs of both kinds of batches; return images/s of all ranks, per repeat."""
-    worker.prepare_process(settings["threads"])
+    worker.prepare_worker(settings["threads"])
     run = worker.start_run(settings)
     shard = ray.train.get_dataset_shard("train")
     batch_size = run.config.global_batch_size // run.rank.world_size
@@ -161,7 +161,7 @@ def time_resident_and_streamed(settings: dict[str, Any]) -> Rates:
         options = {"batch_size": batch_size, "local_shuffle_buffer_size": 10 * batch_size, "drop_last": True}
         batches = shard.iter_torch_batches(**options, local_shuffle_seed=repeat, device=run.rank.device)
         seconds = time_all_ranks(lambda: consume(batches))
-        return run.rows.num_train_rows / seconds
+        return run.shards.num_train_rows / seconds
 
     sides = {"resident": lambda repeat: batches_rate(run, repeat), "streamed": streamed}
     return alternate(sides, settings["repeats"])
@@ -184,7 +184,7 @@ def data_plane(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measu
 
 def time_batches_and_selects(settings: dict[str, Any]) -> Rates:
     """Run on every worker: alternate the job's batches and plain selections; return images/s of all ranks."""
-    worker.prepare_process(settings["threads"])
+    worker.prepare_worker(settings["threads"])
     run = worker.start_run(settings)
     images, labels = ingest.pull_shard("train", settings, run.rank)
     size = run.config.global_batch_size // run.rank.world_size
@@ -207,7 +207,7 @@ def batches_rate(run: TrainingRun, repeat: int) -> float:
 
     def take_batches() -> None:
         for epoch in range(EPOCHS_PER_REPEAT):
-            consume(run.rows.train_batches(1 + repeat * EPOCHS_PER_REPEAT + epoch))
+            consume(run.shards.train_batches(1 + repeat * EPOCHS_PER_REPEAT + epoch))
 
     return EPOCHS_PER_REPEAT * run.steps * run.config.global_batch_size / time_all_ranks(take_batches)
 
@@ -267,8 +267,8 @@ def time_one_and_two(settings: dict[str, Any]) -> Rates:
     """Run on two workers: alternate steps of rank 0 alone, of both without exchange of gradients, and of both under
     DDP; return images/s, per repeat.
     """
-    worker.prepare_process(settings["threads"])
-    run, plain = worker.start_run(settings), worker.start_run(settings, alone)
+    worker.prepare_worker(settings["threads"])
+    run, plain = worker.start_run(settings), worker.start_run(settings, without_ddp)
     assert run.rank.world_size == 2, run.rank.world_size
     batches = repeat_batch(run, settings["steps"])
     rows = settings["steps"] * run.config.global_batch_size // 2
@@ -315,7 +315,7 @@ def time_reports(settings: dict[str, Any]) -> Rates:
 
 def repeat_batch(run: TrainingRun, steps: int) -> list[Batch]:
     """Return a list with the same batch `steps` times."""
-    return [next(iter(run.rows.train_batches(1)))] * steps
+    return [next(iter(run.shards.train_batches(1)))] * steps
 
 
 def time_steps(run: TrainingRun, batches: list[Batch]) -> None:

@@ -70,7 +70,7 @@ def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeat
 
 def time_bare_loop(settings: dict[str, Any], shared: dict[str, Any], repeats: int) -> list[float]:
     """Time what a trial does, without reports and checkpoints. Runs as a Ray task, in a process of its own."""
-    worker.prepare_process(shared["threads"])
+    worker.prepare_worker(shared["threads"])
     config = TrainConfig.from_dict(settings)
     times = []
     for _ in range(repeats + 1):

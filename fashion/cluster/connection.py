@@ -14,10 +14,12 @@ from fashion.config import RAY_ENVIRONMENT
 def connect(num_cpus: int | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start one here with token authentication and no dashboard.
 
-    `num_cpus` gives a cluster that starts here so many logical CPUs in place of the machine's own number.
+    A cluster that starts here has `num_cpus` logical CPUs, by default as many as the machine. Does nothing more than
+    silence Ray's libraries if this process is connected already. A variable of the environment that the user has set
+    stays as it is.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The workers run the environment that the driver runs; without this Ray would build it anew under `uv run`.
+    # Workers run in the driver's environment; without this Ray would build it anew under `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if not ray.is_initialized():
         # Workers' output stays in Ray's log folder: what a person needs comes back as rows, results and exceptions.
@@ -25,9 +27,10 @@ def connect(num_cpus: int | None = None) -> None:
         if os.environ.get("RAY_ADDRESS", "local") == "local":
             provide_token()
             options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
-            # Nobody reclaims this machine, so nobody need watch for it.
+            # Nobody preempts this machine, so Ray need not watch for that.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # Nor is its GCS ever started again: what misses it, as after the death of this process, may end soon.
+            # This cluster's GCS is never restarted: when it is gone, as after a crash of this process, Ray's other
+            # processes end after 10 s instead of waiting for it.
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             for name, value in RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -36,20 +39,20 @@ def connect(num_cpus: int | None = None) -> None:
 
 
 def quieten() -> None:
-    """Keep Ray Data's and Ray Train's narration out of this process' output; warnings stay."""
-    import ray.data  # takes 2 s, which a process that only evaluates is spared
+    """Keep the progress messages of Ray Data and Ray Train out of this process's output; warnings stay."""
+    import ray.data  # takes 2 s, so only processes that call this function pay for it
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns that the bars are off, as was asked.
+    # This logger warns that the progress bars are off, which is intended.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def provide_token() -> None:
-    """Give a cluster that starts here a token of its own, unless the user has one.
+    """Make a token for a cluster that starts here, unless the user has one.
 
     Ray 2.60 turns token authentication on for such a cluster by itself, and would write a token into the home folder.
     """

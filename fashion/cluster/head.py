@@ -1,7 +1,8 @@
 """A private Ray head node of this project: `python -m fashion.cluster.head up | down | status | submit MODULE FLAGS`.
 
-Standard library alone. Everything lies in `.ray/` (private, ignored by git) and in a short folder below /tmp, since the
-paths of Ray's sockets must stay under 108 bytes. Linux only: it finds its processes in /proc.
+Imports the standard library alone. Its files lie in `.ray/` (private, ignored by git), and Ray's in a folder with a
+short path below /tmp, since the paths of Ray's sockets must stay under 108 bytes. Linux only: it looks for the head's
+processes in /proc.
 """
 
 import contextlib
@@ -25,18 +26,19 @@ from fashion.config import RAY_ENVIRONMENT
 HOME = Path(".ray").resolve()
 STATE, TOKEN, ENV, LOG = HOME / "head.json", HOME / "token", HOME / "env", HOME / "head.log"
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray then listens on 127.0.0.1 alone, on Linux too
+# How long `up` waits for Ray, generously for a busy machine, and `down` for processes to end before it kills them.
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180, 10
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on just now."""
+    """Return a port of 127.0.0.1 that no process listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def dashboard_port() -> int:
-    """Return the port that the user wants the dashboard on; ends with one line if it is none."""
+    """Return the dashboard's port: DASHBOARD_PORT, or 8265. Exits with one line if that is no port."""
     text = os.environ.get("DASHBOARD_PORT", "8265")
     if not text.isdecimal() or not 0 < int(text) < 2**16:
         refuse(f"DASHBOARD_PORT {text!r} must be a number from 1 to 65535")
@@ -44,28 +46,32 @@ def dashboard_port() -> int:
 
 
 def own_pids(state: dict[str, Any]) -> list[int]:
-    """Return the live processes of the head: its session, and job drivers working inside its folder.
+    """Return the ids of the head's live processes: those of its session, and job drivers that run in its folder.
 
-    The session counts only while its leader is the head or is gone: its number may be somebody else's by now.
+    Processes of the session count only while the session's leader is the head or is gone: otherwise another process
+    has got the leader's id since.
     """
     leader = Path(f"/proc/{state['pid']}/cmdline")
     command = leader.read_bytes() if leader.exists() else b""
     session_is_ours = not command or state["temp_dir"].encode() in command
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            inside = os.readlink(entry / "cwd").startswith(state["temp_dir"])
-            ours = inside or (session_is_ours and os.getsid(int(entry.name)) == state["pid"])
-        except OSError:
+            is_zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            runs_in_folder = os.readlink(entry / "cwd").startswith(state["temp_dir"])
+            is_ours = runs_in_folder or (session_is_ours and os.getsid(int(entry.name)) == state["pid"])
+        except OSError:  # the process has ended, or belongs to another user
             continue
-        if ours and not zombie:
-            found.append(int(entry.name))
-    return found
+        if is_ours and not is_zombie:
+            pids.append(int(entry.name))
+    return pids
 
 
 def read_state() -> dict[str, Any] | None:
-    """Return what `up` recorded if that head still lives; its unique folder guards against reused pids."""
+    """Return the state that `up` wrote, or None if there is none or that head is gone.
+
+    Another process that has got the head's id since lacks the head's temporary folder on its command line.
+    """
     if not STATE.exists():
         return None
     state: dict[str, Any] = json.loads(STATE.read_text())
@@ -74,7 +80,7 @@ def read_state() -> dict[str, Any] | None:
 
 
 def head_environment() -> dict[str, str]:
-    """Return the environment of the head; a token is made unless the user brings one."""
+    """Return the head's environment variables; makes a token unless the user has set one."""
     os.umask(0o077)
     HOME.mkdir(exist_ok=True)
     env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
@@ -89,17 +95,20 @@ def head_environment() -> dict[str, str]:
 
 
 def refuse(message: str) -> NoReturn:
-    """End with the one line that a user's mistake gets, and exit code 2."""
+    """Print `message` as the one line that a user's mistake gets, and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def up(extra: list[str]) -> str:
-    """Start the head in its own session and wait until it serves."""
+    """Start the head in a session of its own, with further flags `extra` of `ray start`, and wait until it is ready.
+
+    Returns a line for the user. Exits with code 2 if Ray does not start.
+    """
     port = dashboard_port()
     if state := read_state():
         return f"Ray runs already at {state['url']} (pid {state['pid']})."
-    down()  # clears what a head that died on its own left behind
+    down()  # removes what a head that crashed left behind
     env = head_environment()
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     command = [
@@ -124,7 +133,7 @@ def up(extra: list[str]) -> str:
 
 
 def wait_until_ready(head: subprocess.Popen[bytes]) -> None:
-    """Wait for Ray's own start message; take everything down again if it does not come."""
+    """Wait until Ray's start message is in the log; stop everything and exit with code 2 if it does not come."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while "This command will now block" not in LOG.read_text():
         if head.poll() is not None or time.monotonic() > deadline:
@@ -134,7 +143,7 @@ def wait_until_ready(head: subprocess.Popen[bytes]) -> None:
 
 
 def down() -> str:
-    """Stop what `up` started and nothing else."""
+    """Stop the head that `up` started, its jobs, and no other process; return a line for the user."""
     if not STATE.exists():
         return "Ray is not up; nothing to stop."
     state = json.loads(STATE.read_text())
@@ -152,8 +161,11 @@ def down() -> str:
     return f"Ray is down{f'; {len(left)} processes had to be killed' if left else ''}."
 
 
-def ask(state: dict[str, Any], path: str) -> Any:
-    """Return the head's JSON answer to `path`, the token shown; ends with one line if it does not take it."""
+def get_json(state: dict[str, Any], path: str) -> Any:
+    """GET `path` from the head's dashboard, with the token, and return its JSON answer.
+
+    Exits with one line and code 2 if there is no token, or the head refuses it or does not answer.
+    """
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN)
     token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.exists() else "")
     if not token:
@@ -169,19 +181,19 @@ def ask(state: dict[str, Any], path: str) -> Any:
 
 
 def running_head() -> dict[str, Any]:
-    """Return the state of the head that `up` started; ends with one line unless it answers and takes the token."""
+    """Return the state of the running head; exits with one line unless it answers and accepts the token."""
     state = read_state()
     if state is None:
         refuse("Ray is not up; run `make up`")
-    ask(state, "/api/version")
+    get_json(state, "/api/version")
     return state
 
 
 def submit(module: str, flags: list[str]) -> NoReturn:
-    """Submit `python -m MODULE FLAGS`, follow its log, and exit 0 only if the job succeeded.
+    """Submit `python -m MODULE FLAGS`, follow its log, and exit with code 0 only if the job succeeded, else 1.
 
-    Ctrl-C stops following, not the job. Ray's own exit code is 0 for a stopped job too, so the status is asked for
-    afterwards.
+    Ctrl-C stops following, not the job. `ray job submit` exits with 0 for a stopped job too, so this asks for the
+    job's status afterwards.
     """
     state = running_head()
     exports = dict(line.removeprefix("export ").split("=", 1) for line in ENV.read_text().splitlines())
@@ -196,13 +208,13 @@ def submit(module: str, flags: list[str]) -> NoReturn:
         print(f"job {name} goes on without being followed", file=sys.stderr)
         print(f"follow it again: {ray_job} logs --follow {name}\nstop it: {ray_job} stop {name}", file=sys.stderr)
         sys.exit(1)
-    final = ask(state, f"/api/jobs/{name}")["status"]
+    final = get_json(state, f"/api/jobs/{name}")["status"]
     print(f"job {name}: {final}")
     sys.exit(0 if code == 0 and final == "SUCCEEDED" else 1)
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the first argument says."""
+    """Run the command that the first of `arguments` names, and print its line; exits with code 2 on any other one."""
     match arguments:
         case ["up", *extra]:
             print(up(extra))

@@ -1,7 +1,8 @@
-"""One driver at a time for a run or a search: a claim on its name that goes with the process that made it.
+"""A lock on the name of a run or a search, so that one driver at a time works on it. It ends with its process.
 
-A folder of this machine, or one that it mounts, is claimed by a lock of the kernel, which no death of a process leaves
-behind. An object store has no locks: there the owner renews a note, and whoever else wants the name watches for that.
+In a folder, local or mounted, this is a lock of the kernel on a file, which the kernel releases when the process ends.
+An object store has no locks: there the owner rewrites an object every few seconds, and another process that wants the
+name waits to see whether that object still changes.
 """
 
 import fcntl
@@ -22,49 +23,54 @@ from fashion.config import UserError
 from fashion.storage import Storage
 
 FOLDER = ".claims"
-# A note is renewed so often, and counts as left behind when it stayed the same for three times as long.
-BEAT_S = 5.0
+# Seconds between two heartbeats in an object store; the object of an owner that missed three of them is ignored.
+HEARTBEAT_S = 5.0
 
 
 class NameLock:
-    """Within its `with` block, nobody else can claim the same name. Raises `UserError` if somebody has."""
+    """Context manager: inside its `with` block, no other process can lock the same name.
 
-    def __init__(self, storage: Storage, folder: str, name: str, flag: str, *, beat_s: float = BEAT_S) -> None:
-        """Claim what will be called `name` in `folder` below the root; `flag` is how the user gave it."""
+    Entering raises `UserError`, naming the owner, if another process holds the lock.
+    """
+
+    def __init__(
+        self, storage: Storage, folder: str, name: str, flag: str, *, heartbeat_s: float = HEARTBEAT_S
+    ) -> None:
+        """Prepare to lock `name` in `folder` below the storage's root; `flag`, as in `--run-id`, is for messages."""
         self._storage = storage
         self._place = (folder, FOLDER, name)
         self._flag = f"{flag} {name}"
-        self._beat_s = beat_s
+        self._heartbeat_s = heartbeat_s
         self._handle = -1
         self._key = secrets.token_hex(8)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
 
     def __enter__(self) -> Self:
         if isinstance(self._storage.fs, pafs.LocalFileSystem):
-            self._lock()
+            self._lock_file()
         else:
-            self._note()
+            self._lock_object()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._handle >= 0:
-            # Removed while it is still locked: whoever opened it meanwhile sees that it is no longer there.
+            # The file is removed while it is locked: a process that has opened it meanwhile sees that it is gone.
             path = Path(self._storage.path(*self._place))
             path.unlink()
             os.close(self._handle)
-            with suppress(OSError):  # others are in there
+            with suppress(OSError):  # the folders are not empty
                 path.parent.rmdir()
                 path.parent.parent.rmdir()
         else:
-            self._over.set()
+            self._released.set()
             self._thread.join()
             with suppress(OSError):
                 self._storage.fs.delete_file(self._storage.path(*self._place))
 
-    def _lock(self) -> None:
+    def _lock_file(self) -> None:
         path = Path(self._storage.path(*self._place))
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,38 +83,38 @@ class NameLock:
                 raise self._refusal(owner) from None
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 break
-            os.close(handle)  # its owner removed it in between
+            os.close(handle)  # its owner removed the file before it was locked here: try again with a new one
         os.truncate(handle, 0)
         os.write(handle, self._owner().encode())
         self._handle = handle
 
-    def _note(self) -> None:
-        before = self._read()
+    def _lock_object(self) -> None:
+        before = self._read_object()
         if before:
-            time.sleep(3 * self._beat_s)
-            if self._read() != before:
+            time.sleep(3 * self._heartbeat_s)
+            if self._read_object() != before:
                 raise self._refusal(json.loads(before)["owner"])
-        self._write(0)
-        # Two that came at once: the later of their notes stands, and the other one sees it.
-        time.sleep(self._beat_s / 5)
-        now = json.loads(self._read() or b"{}")
+        self._write_object(0)
+        # If two processes wrote at the same time, the later object stays, and the other process sees that here.
+        time.sleep(self._heartbeat_s / 5)
+        now = json.loads(self._read_object() or b"{}")
         if now.get("key") != self._key:
             raise self._refusal(now.get("owner", "another process"))
         self._thread.start()
 
-    def _renew(self) -> None:
+    def _send_heartbeats(self) -> None:
         beat = 0
-        while not self._over.wait(self._beat_s):
+        while not self._released.wait(self._heartbeat_s):
             beat += 1
-            with suppress(OSError):  # the next one may get through, and a run is not ended for a note
-                self._write(beat)
+            with suppress(OSError):  # the next heartbeat may succeed; a missed one is no reason to end a run
+                self._write_object(beat)
 
-    def _write(self, beat: int) -> None:
+    def _write_object(self, beat: int) -> None:
         self._storage.write_bytes(
             json.dumps({"owner": self._owner(), "key": self._key, "beat": beat}).encode(), *self._place
         )
 
-    def _read(self) -> bytes:
+    def _read_object(self) -> bytes:
         try:
             return self._storage.read_bytes(*self._place)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run will occupy: fit it to the live cluster, or refuse it with the numbers before anything starts."""
+"""The plan of a run: workers, resources, batch and steps, fitted to the live cluster before anything starts."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from fashion.training import loop
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will occupy: the preflight prints it before anything starts."""
+    """What a run will use of the cluster, and how it divides its data; jobs print it before anything starts."""
 
     num_workers: tuple[int, int]
-    """Fewest and most workers."""
+    """Fewest and most workers; equal unless the run is elastic."""
     use_gpu: bool
     cpus_per_worker: float
     threads_per_worker: int
@@ -29,14 +29,14 @@ class Plan:
     cluster_gpus: float
     num_nodes: int
     dataset: str
-    """Name of the data and the start of its sum."""
+    """Name of the data and the start of its SHA-256."""
 
     def resources_per_worker(self) -> dict[str, float]:
-        """Return what Ray reserves for each worker."""
+        """Return what Ray reserves for each worker, as `ScalingConfig` takes it."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {})
 
     def lines(self) -> list[str]:
-        """Return the plan in words, one fact a line."""
+        """Return the plan as text for the console, a line per topic."""
         low, high = self.num_workers
         workers = str(high) if low == high else f"{low} to {high}"
         each = f"{self.cpus_per_worker:g} CPU" + (" and 1 GPU" if self.use_gpu else "")
@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Plan:
-    """Fit a run to the live cluster; raises `UserError` with the numbers when it cannot be held."""
+    """Return the plan of a run on the live cluster; raises `UserError` with the numbers if the cluster is too small."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     low, high = scale.worker_range
@@ -61,7 +61,7 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
         "use --use-gpu auto, or fewer workers",
     )
-    # Rows that stream from Ray Data need a CPU to be read with while the workers hold theirs.
+    # Ray Data needs a CPU of its own to stream rows, while the workers occupy theirs.
     reserved = 1 if config.data_mode == "streaming" else 0
     needed = low * scale.cpus_per_worker + reserved
     require(
@@ -70,7 +70,7 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         + (" + 1 to read rows" if reserved else "")
         + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
     )
-    # A worker lives on one node.
+    # A worker runs on one node: the nodes' spare parts of a worker's CPUs do not add up.
     places = sum(worker_places(node, scale.cpus_per_worker, 0.0) for node in nodes)
     require(
         low <= places,
@@ -99,13 +99,14 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
 
 
 def worker_places(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """Return how many workers a node holds. The small term keeps ten of 0.1 CPU from missing a CPU by rounding."""
+    """Return how many workers of `cpus` and `gpus` each fit on a node with the resources `node`."""
+    # The small term keeps rounding from losing a worker: 0.3 / 0.1 is 2.9999999999999996.
     by_cpu = int(node.get("CPU", 0.0) / cpus + 1e-9)
     return min(by_cpu, int(node.get("GPU", 0.0) / gpus + 1e-9)) if gpus else by_cpu
 
 
 def describe_precision(precision: str, use_gpu: bool) -> str:
-    """Return what `precision` comes to, in words; the workers settle it together once they run."""
+    """Return `precision` for the plan, with what auto will probably resolve to: the workers decide when they run."""
     if precision != "auto":
         return precision
     if use_gpu:

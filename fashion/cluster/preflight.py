@@ -1,7 +1,7 @@
-"""Before anything is trained: does every node of the cluster see the storage? Knows Ray.
+"""Check, before anything is trained, that every node of the cluster sees the storage.
 
-A path such as `./results` opens everywhere and is another folder on every machine: found out late, by workers that
-miss the data or leave their checkpoints where nobody looks.
+A path such as `./results` opens on every machine but is another folder on each. Without this check a run would notice
+late, when workers miss the data, or never, when they write checkpoints where nobody looks.
 """
 
 import secrets
@@ -16,14 +16,14 @@ from fashion.config import UserError
 from fashion.reports.progress import last_line
 from fashion.storage import Storage, open_storage
 
-# A node may have to unpack the submitted code and to start a process before it can look.
+# A node may have to unpack the submitted code and to start a process first.
 SECONDS_TO_ANSWER = 120.0
 
 
 def check_every_node_sees(storage: Storage) -> None:
-    """Raise `UserError` with the address of each node that does not see `storage`; nodes that join later are not asked.
+    """Raise `UserError` with the address of each node that does not see `storage`.
 
-    A cluster that is this machine alone is not asked at all.
+    Nodes that join later are not checked, nor is a cluster whose only node is this machine.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
@@ -31,38 +31,40 @@ def check_every_node_sees(storage: Storage) -> None:
     marker, content = f".seen-{secrets.token_hex(8)}", secrets.token_hex(16)
     storage.write_bytes(content.encode(), marker)
     try:
-        blind = find_blind(storage, marker, content, nodes)
+        failures = nodes_without_storage(storage, marker, content, nodes)
     finally:
         storage.fs.delete_file(storage.path(marker))
-    refuse_blind(storage, blind)
+    refuse_failures(storage, failures)
 
 
-def find_blind(storage: Storage, marker: str, content: str, nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
+def nodes_without_storage(
+    storage: Storage, marker: str, content: str, nodes: Sequence[dict[str, Any]]
+) -> dict[str, str]:
     """Return the addresses of the `nodes` that do not find `content` in the file `marker`, each with the reason.
 
-    All look at once, whatever runs on them. Only a node itself can tell, so its task runs there or not at all.
+    A task on each node reads the file, all of them at once; they reserve no CPU, so they run beside anything else.
     """
-    look = ray.remote(num_cpus=0, max_retries=0)(read_marker)
-    asked = {}
+    task = ray.remote(num_cpus=0, max_retries=0)(read_marker)
+    addresses = {}
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[look.options(scheduling_strategy=there).remote(storage.uri, marker)] = node["NodeManagerAddress"]
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
-    blind = {}
-    for reference, address in asked.items():
-        found, reason = "", f"no answer in {SECONDS_TO_ANSWER:g} s"
-        if reference in answered:
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        addresses[task.options(scheduling_strategy=strategy).remote(storage.uri, marker)] = node["NodeManagerAddress"]
+    finished, _ = ray.wait(list(addresses), num_returns=len(addresses), timeout=SECONDS_TO_ANSWER)
+    failures = {}
+    for reference, address in addresses.items():
+        read, reason = "", f"no answer in {SECONDS_TO_ANSWER:g} s"
+        if reference in finished:
             try:
-                found, reason = ray.get(reference)
+                read, reason = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = last_line(error)
-        if found != content:
-            blind[address] = reason or "another file of that name is there"
-    return blind
+        if read != content:
+            failures[address] = reason or "another file of that name is there"
+    return failures
 
 
 def read_marker(uri: str, marker: str) -> tuple[str, str]:
-    """Return the marker's content as this node sees it, or an empty text and why it does not."""
+    """Return the marker's content and an empty text, or an empty text and why this node cannot read the marker."""
     try:
         return open_storage(uri).read_bytes(marker).decode(errors="replace"), ""
     except FileNotFoundError:
@@ -71,11 +73,11 @@ def read_marker(uri: str, marker: str) -> tuple[str, str]:
         return "", last_line(error)
 
 
-def refuse_blind(storage: Storage, blind: dict[str, str]) -> None:
-    """Raise `UserError` if any node does not see the storage."""
-    if blind:
-        told = ", ".join(f"{address} ({reason})" for address, reason in sorted(blind.items()))
+def refuse_failures(storage: Storage, failures: dict[str, str]) -> None:
+    """Raise `UserError` if any node does not see the storage; `failures` holds addresses and reasons."""
+    if failures:
+        listed = ", ".join(f"{address} ({reason})" for address, reason in sorted(failures.items()))
         raise UserError(
-            f"--storage {storage.uri} is not seen by every node, not by {told}; "
+            f"--storage {storage.uri} is not seen by every node, not by {listed}; "
             "name one that all nodes share, such as an NFS mount or s3://..."
         )

@@ -1,1 +1,1 @@
-"""The data set: found, verified, split, written, read back, and cut into shards."""
+"""The data set: find or download the archives, verify, split and write them as Parquet, read them back, shard them."""

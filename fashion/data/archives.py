@@ -1,4 +1,4 @@
-"""The four archives of Fashion-MNIST: found or downloaded, verified by SHA-256, parsed into arrays."""
+"""The four archives of Fashion-MNIST: find or download them, verify their SHA-256, parse them into arrays."""
 
 import gzip
 import hashlib
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, UserError, require
 from fashion.data import synthetic
 
+# The largest official split has 60,000 rows; a header that promises many more is refused before memory is allocated.
 MAX_ROWS_PER_SPLIT = 100_000
-DOWNLOAD_TIMEOUT_S = 30.0  # of silence
+# The longest wait for the next byte of a download: a slow mirror goes on, a silent one is given up.
+DOWNLOAD_TIMEOUT_S = 30.0
 
-# SHA-256 of the official archives; the same as in Keras' fashion_mnist loader.
+# SHA-256 of the official gzip archives, as in Keras' fashion_mnist loader.
 ARCHIVES = {
     "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
     "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
@@ -29,7 +31,7 @@ ARCHIVES = {
 
 
 class DownloadFailed(UserError):
-    """No mirror gave the archives: the one failure that `make quickstart` goes on after, with the stand-in."""
+    """No mirror delivered the archives. After this failure, and no other, `make quickstart` takes the stand-in."""
 
 
 def read_idx(
@@ -37,7 +39,7 @@ def read_idx(
 ) -> NDArray[np.uint8]:
     """Parse one gzip'd IDX file into (N, *shape) uint8.
 
-    The header is judged before any row is read, so a lying header costs no memory. Raises `UserError` on a truncated
+    The header is checked before any row is read, so a wrong header costs no memory. Raises `UserError` on a truncated
     or corrupt gzip, a wrong magic number, wrong sizes, an impossible count, missing or surplus bytes.
     """
     num_fields = 2 + len(shape)
@@ -63,7 +65,10 @@ def read_idx(
 
 
 def read_pair(folder: Path, stem: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read images (N, 28, 28) uint8 and labels (N,) uint8 of `train` or `t10k`; raises `UserError` if they disagree."""
+    """Read images (N, 28, 28) uint8 and labels (N,) uint8 of `stem`, which is `train` or `t10k`.
+
+    Raises `UserError` if the two files differ in length, a label is above 9, or as `read_idx` does.
+    """
     images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", magic=2051, shape=(IMAGE_SIZE, IMAGE_SIZE))
     labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", magic=2049, shape=())
     require(
@@ -86,13 +91,16 @@ def file_sha256(path: Path) -> str:
 
 
 def check_archives(folder: Path, *, official: bool) -> dict[str, str]:
-    """Return the archives' SHA-256 sums; raises `UserError` if one is missing or (when `official`) is another file."""
+    """Return the archives' SHA-256 sums by file name.
+
+    Raises `UserError` if an archive is missing or, where they must be `official`, has another sum than `ARCHIVES` says.
+    """
     missing = [name for name in ARCHIVES if not (folder / name).is_file()]
     require(not missing, f"--source {folder} lacks {', '.join(missing)}; it must hold the four Fashion-MNIST archives")
     sums = {name: file_sha256(folder / name) for name in ARCHIVES}
     wrong = [name for name in ARCHIVES if official and sums[name] != ARCHIVES[name]]
     if wrong:
-        # A parser's complaint (truncated, wrong magic, ...) helps more than a sum that differs, so it goes first.
+        # What the parser finds (truncated, wrong magic, ...) helps the user more than a differing sum: parse first.
         read_pair(folder, "train")
         read_pair(folder, "t10k")
         raise UserError(
@@ -104,7 +112,11 @@ def check_archives(folder: Path, *, official: bool) -> dict[str, str]:
 
 @contextmanager
 def archives_from(source: str) -> Iterator[tuple[Path, bool]]:
-    """Yield (folder with the four archives, whether they must be the official ones) for any source."""
+    """Yield the folder with the four archives of `source`, and whether they must be the official ones.
+
+    `source` is `auto` or `download`, `synthetic`, or a folder. What was downloaded or drawn is removed afterwards.
+    Raises `UserError` for anything else, and `DownloadFailed`.
+    """
     if source in ("download", "auto"):
         with tempfile.TemporaryDirectory() as temporary:
             yield download(Path(temporary)), True
@@ -122,14 +134,14 @@ def archives_from(source: str) -> Iterator[tuple[Path, bool]]:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the archives through torchvision's mirrors into `folder`; return where they lie.
+    """Download the archives from torchvision's mirrors into `folder`; return the folder that then holds them.
 
-    Raises `DownloadFailed` naming the two other ways out when no mirror answers.
+    Raises `DownloadFailed`, which names the two other sources, when no mirror delivers them.
     """
     from torchvision.datasets import FashionMNIST
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: a silent mirror would be waited for forever
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and would wait for a silent mirror for ever
     try:
         FashionMNIST(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision turns some into RuntimeError

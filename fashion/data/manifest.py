@@ -1,4 +1,4 @@
-"""The manifest of prepared data: what was written, from which source, and whether a run may use it."""
+"""The manifest of prepared data: what `jobs.prepare` wrote, and the checks that a request or a run fits it."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from fashion.storage import Storage
 
 SPLITS = ("train", "val", "test")
 DATA_FOLDER = ("data", "fashion-mnist")
+# Version of `manifest.json` and of the Parquet columns; code refuses any other one.
 FORMAT_VERSION = 1
+# Names of data sets and files: no slash and no leading dot, so that a file name cannot leave its folder.
 PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -22,9 +24,11 @@ class Manifest:
     dataset: str
     """`fashion-mnist`, or `fashion-mnist-synthetic` for the stand-in."""
     sha256: str
-    """Sum over the archives' sums, `val_rows` and `seed`: names the data, and how it was split, in every run."""
+    """SHA-256 over the archives' sums, `val_rows` and `seed`. Each run records it: it names the data and its split."""
     seed: int
+    """Seed of the split into train and val, and of the order of the training rows."""
     val_rows: int
+    """Rows that val was asked to take from the 60,000."""
     rows: dict[str, int]
     """Rows per split."""
     class_counts: dict[str, list[int]]
@@ -41,47 +45,50 @@ class Manifest:
 
     @property
     def is_stand_in(self) -> bool:
-        """Tell the drawn stand-in from Fashion-MNIST."""
+        """Whether this is the drawn stand-in instead of Fashion-MNIST."""
         return self.dataset.endswith("synthetic")
 
 
-def check_same_request(storage: Storage, found: Manifest, source: str, val_rows: int, seed: int) -> None:
-    """Raise `UserError` if prepared data is there but is not what was asked for."""
-    place = storage.show(*DATA_FOLDER)
-    way_out = f"name another --storage, or remove {place}"
-    for name, asked, have in (("--val-rows", val_rows, found.val_rows), ("--seed", seed, found.seed)):
-        require(asked == have, f"{place} was prepared with {name} {have}, not {asked}; {way_out}")
+def check_same_request(storage: Storage, manifest: Manifest, source: str, val_rows: int, seed: int) -> None:
+    """Raise `UserError` if the data that `manifest` describes was prepared from another source, split or seed."""
+    folder = storage.show(*DATA_FOLDER)
+    way_out = f"name another --storage, or remove {folder}"
+    for name, requested, stored in (("--val-rows", val_rows, manifest.val_rows), ("--seed", seed, manifest.seed)):
+        require(requested == stored, f"{folder} was prepared with {name} {stored}, not {requested}; {way_out}")
     if source != "auto":
-        check_source(storage, found, source)
+        check_source(storage, manifest, source)
 
 
-def check_source(storage: Storage, found: Manifest, source: str) -> None:
+def check_source(storage: Storage, manifest: Manifest, source: str) -> None:
     """Raise `UserError` if the prepared data does not come from `source`; only `synthetic` accepts the stand-in."""
     place = storage.show(*DATA_FOLDER)
-    if found.is_stand_in:
+    if manifest.is_stand_in:
         require(
             source == "synthetic",
             f"{place} holds the drawn stand-in, not Fashion-MNIST; take it on purpose with --source synthetic, "
             "or name another --storage",
         )
     else:
-        require(source != "synthetic", f"{place} holds {found.dataset}, not the stand-in; name another --storage")
+        require(source != "synthetic", f"{place} holds {manifest.dataset}, not the stand-in; name another --storage")
     if source not in ("auto", "download", "synthetic"):
         with archives_from(source) as (folder, official):
             check_archives(folder, official=official)
 
 
-def check_same_data(storage: Storage, found: Manifest, run: dict[str, Any]) -> None:
-    """Raise `UserError` if a `runs` row was made on other data: with another split, `val` holds rows it trained on."""
+def check_same_data(storage: Storage, manifest: Manifest, run: dict[str, Any]) -> None:
+    """Raise `UserError` if the run of the `runs` row `run` was trained on other data or another split.
+
+    Under another split, `val` would hold rows that the run was trained on.
+    """
     require(
-        run.get("dataset_sha256") in (None, found.sha256),
+        run.get("dataset_sha256") in (None, manifest.sha256),
         f"the data in {storage.show(*DATA_FOLDER)} is not what the run was trained on (another source, --seed or "
         "--val-rows); prepare it again as it was",
     )
 
 
 def find_manifest(storage: Storage) -> Manifest | None:
-    """Return the manifest of finished prepared data, None when there is none; raises `UserError` if it is damaged."""
+    """Return the manifest of the prepared data, or None if there is none; raises `UserError` if it is damaged."""
     if not storage.exists(*DATA_FOLDER, "manifest.json"):
         return None
     place = storage.show(*DATA_FOLDER, "manifest.json")
@@ -97,7 +104,7 @@ def find_manifest(storage: Storage) -> Manifest | None:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raise `UserError` on a manifest whose values cannot be; a file name must stay inside its folder."""
+    """Raise `UserError` on a manifest with impossible values; a file name must not lead out of its folder."""
     require(manifest.format_version == FORMAT_VERSION, f"format {manifest.format_version}, expected {FORMAT_VERSION}")
     require(sorted(manifest.rows) == sorted(SPLITS) == sorted(manifest.files), "it does not name train, val and test")
     require(0 < manifest.pixel_std < 1 and 0 < manifest.pixel_mean < 1, "pixel mean or std outside 0..1")
@@ -111,7 +118,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def load_manifest(storage: Storage) -> Manifest:
-    """Return the manifest; raises `UserError` naming the command to run when the data is not prepared."""
+    """Return the manifest; raises `UserError` with the command to run if no data is prepared, or if it is damaged."""
     manifest = find_manifest(storage)
     if manifest is None:
         raise UserError(f"no prepared data in {storage.uri}; run: python -m jobs.prepare --storage {storage.uri}")

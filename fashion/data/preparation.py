@@ -1,4 +1,4 @@
-"""From archives to Parquet: stratified split, files with their sums, and the manifest, which is written last."""
+"""Turn the archives into Parquet: split them, stratified by class; write the files; write the manifest last."""
 
 import hashlib
 import json
@@ -15,11 +15,15 @@ from fashion.data.manifest import DATA_FOLDER, Manifest, check_same_request, fin
 from fashion.data.rows import Split, to_table
 from fashion.storage import Storage
 
+# Files of some 4 MB, several for the training rows, which Ray Data can then read in parallel.
 ROWS_PER_FILE = 10_000
 
 
 def stratified_val_rows(labels: NDArray[np.uint8], val_rows: int, seed: int) -> NDArray[np.int64]:
-    """Choose `val_rows` rows, equally many of each class (to within one), by seed; returns sorted row numbers."""
+    """Draw `val_rows` row numbers, equally many of each class (to within one); returns them sorted, (val_rows,) int64.
+
+    Raises `UserError` if a class would have no row left for training.
+    """
     generator = np.random.default_rng(seed)
     chosen: list[NDArray[np.int64]] = []
     for label in range(NUM_CLASSES):
@@ -34,9 +38,9 @@ def stratified_val_rows(labels: NDArray[np.uint8], val_rows: int, seed: int) -> 
 
 
 def split_rows(folder: Path, val_rows: int, seed: int) -> dict[str, Split]:
-    """Read the archives and cut them into train, val and test.
+    """Read the archives and split them into train, val and test.
 
-    Training rows are written in a seeded random order, so that any prefix is a random subset.
+    Training rows are in a random order given by `seed`, so that any prefix is a random subset.
     """
     images, labels = read_pair(folder, "train")
     test_images, test_labels = read_pair(folder, "t10k")
@@ -50,7 +54,7 @@ def split_rows(folder: Path, val_rows: int, seed: int) -> dict[str, Split]:
 
 
 def write_split(storage: Storage, name: str, split: Split) -> dict[str, str]:
-    """Write one split as Parquet files of up to 10,000 rows; return file name -> SHA-256."""
+    """Write one split as Parquet files of up to `ROWS_PER_FILE` rows; return file name -> SHA-256."""
     table = to_table(split)
     sums: dict[str, str] = {}
     for part, start in enumerate(range(0, len(table), ROWS_PER_FILE)):
@@ -58,7 +62,7 @@ def write_split(storage: Storage, name: str, split: Split) -> dict[str, str]:
         pq.write_table(table.slice(start, ROWS_PER_FILE), sink, compression="zstd", use_dictionary=False)
         data = sink.getvalue()
         sha256 = hashlib.sha256(data).hexdigest()
-        # The sum is in the name: two processes that prepare different splits at once never mix their files.
+        # The sum is part of the name, so that two processes that prepare different splits at once never mix files.
         file_name = f"part-{part:03d}-{sha256[:12]}.parquet"
         storage.write_bytes(data, *DATA_FOLDER, name, file_name)
         sums[file_name] = sha256
@@ -66,20 +70,30 @@ def write_split(storage: Storage, name: str, split: Split) -> dict[str, str]:
 
 
 def combined_sha256(sums: dict[str, str], val_rows: int, seed: int) -> str:
-    """Return one sum that names archives and split: the SHA-256 of their sorted `name:value` lines."""
+    """Return the SHA-256 that identifies archives and split: that of their sorted lines `name:value`."""
     parts = {**sums, "val_rows": str(val_rows), "seed": str(seed)}
     lines = "".join(f"{name}:{parts[name]}\n" for name in sorted(parts))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
+    """Return mean and standard deviation of all pixels of `images`, on a scale of 0..1, from their histogram."""
+    pixels = images.reshape(-1)
+    shares = np.bincount(pixels, minlength=256).astype(np.float64) / pixels.size
+    values = np.arange(256) / 255.0
+    mean = float(shares @ values)
+    return mean, float(np.sqrt(shares @ (values - mean) ** 2))
+
+
 def prepare(
     storage: Storage, source: str, val_rows: int = 5000, seed: int = 0, *, replace_stand_in: bool = False
 ) -> tuple[Manifest, bool]:
-    """Make the prepared data exist; return its manifest and whether it was written now.
+    """Prepare the data unless it is prepared already; return its manifest and whether it was written now.
 
-    The manifest is written last, so a half-written folder is never taken for a finished one. Prepared data of another
-    source, seed or split is refused with `UserError` rather than replaced: runs that used it would lose their `val`.
-    With `replace_stand_in` a stand-in gives way to real data, once that is at hand and verified: it can be drawn again.
+    The manifest is written last, so nobody takes a half-written folder for a finished one. Raises `UserError` where
+    data of another source, seed or split is prepared, and does not replace it: runs that used it would lose their
+    `val`. With `replace_stand_in`, real data replaces a stand-in, which can be drawn again; the stand-in is removed
+    when the real archives are at hand and verified.
     """
     require(10 <= val_rows <= 50_000, f"--val-rows {val_rows} must lie between 10 and 50000")
     require(0 <= seed < 2**31, f"--seed {seed} must lie between 0 and {2**31 - 1}")
@@ -93,10 +107,7 @@ def prepare(
         splits = split_rows(folder, val_rows, seed)
     if existing is not None:
         storage.delete_folder(*DATA_FOLDER)
-    pixels = splits["train"].images.reshape(-1)
-    counts = np.bincount(pixels, minlength=256).astype(np.float64) / pixels.size
-    values = np.arange(256) / 255.0
-    mean = float(counts @ values)
+    pixel_mean, pixel_std = pixel_statistics(splits["train"].images)
     manifest = Manifest(
         dataset="fashion-mnist" if official else "fashion-mnist-synthetic",
         sha256=combined_sha256(sums, val_rows, seed),
@@ -104,8 +115,8 @@ def prepare(
         val_rows=val_rows,
         rows={name: len(split.labels) for name, split in splits.items()},
         class_counts={n: np.bincount(s.labels, minlength=NUM_CLASSES).tolist() for n, s in splits.items()},
-        pixel_mean=mean,
-        pixel_std=float(np.sqrt(counts @ (values - mean) ** 2)),
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
         files={name: write_split(storage, name, split) for name, split in splits.items()},
         archives=sums,
     )

@@ -1,4 +1,4 @@
-"""Rows of the data set as arrays and as Arrow tables of one schema."""
+"""Rows of the data set, as numpy arrays and as Arrow tables with the schema of the Parquet files."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,10 @@ SCHEMA = pa.schema([("index", pa.int32()), ("label", pa.uint8()), ("image", pa.b
 
 @dataclass(frozen=True)
 class Split:
-    """Rows in memory: `images` (N, 28, 28) uint8, `labels` (N,) uint8, `index` (N,) int32 within the official file."""
+    """Rows in memory: `images` (N, 28, 28) uint8, `labels` (N,) uint8, `index` (N,) int32.
+
+    `index` is the row's number in the official archive that the row comes from.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.uint8]
@@ -22,7 +25,7 @@ class Split:
 
 
 def to_table(split: Split) -> pa.Table:
-    """Turn arrays into a table of `SCHEMA`; images become 784-byte binaries without a copy per row."""
+    """Return `split` as a table with `SCHEMA`; images become binaries of 784 bytes without a copy for each row."""
     rows = len(split.labels)
     buffer = pa.py_buffer(np.ascontiguousarray(split.images))
     images = pa.Array.from_buffers(pa.binary(PIXELS), rows, [None, buffer])
@@ -30,7 +33,7 @@ def to_table(split: Split) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Split:
-    """Turn a table of `SCHEMA` back into arrays; raises `UserError` on another schema, on nulls or on wrong labels."""
+    """Return a table with `SCHEMA` as arrays; raises `UserError` on another schema, on nulls and on labels above 9."""
     require(table.schema.equals(SCHEMA), f"prepared data has columns {table.schema.names}, expected {SCHEMA.names}")
     require(
         not any(table[name].null_count for name in SCHEMA.names),
@@ -48,7 +51,7 @@ def from_table(table: pa.Table) -> Split:
 
 
 def joined(*splits: Split) -> Split:
-    """Return the rows of several splits, one after the other."""
+    """Return the rows of `splits` as one split, in the order given."""
     return Split(
         np.concatenate([split.images for split in splits]),
         np.concatenate([split.labels for split in splits]),

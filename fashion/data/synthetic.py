@@ -1,10 +1,10 @@
-"""The embedded stand-in for Fashion-MNIST: ten procedurally drawn garments, written as the same four IDX archives.
+"""The stand-in for Fashion-MNIST: ten kinds of garments, drawn by formulas, written as the same four IDX archives.
 
-For machines that are offline: same files, shapes, types and classes, other pictures. A garment is a distance field
-(negative inside) over the 28 x 28 grid, shaped by random numbers whose ranges depend on the class and overlap between
-the classes that people mistake for each other: no label is wrong, yet some pictures cannot be told apart. As hard as
-the real thing, by intent: a network of three small convolutions, four epochs, reaches a test accuracy of 0.89 with
-15,000 rows (0.88 on the real ones) and 0.92 with 60,000. Knows numpy only.
+It serves machines that are offline: same files, shapes, types and classes, other pictures. A garment is a distance
+field (negative inside) over the 28 x 28 grid, shaped by random numbers. Their ranges depend on the class and overlap
+between classes that people mistake for each other: no label is wrong, yet some pictures cannot be told apart. The
+stand-in is meant to be as hard as the real data: a network of three small convolutions reaches, in four epochs, a test
+accuracy of 0.89 with 15,000 rows (0.88 on the real ones) and 0.92 with 60,000. This module imports numpy only.
 
 Only IEEE-exact operations (+ - * / sqrt floor abs min max; no BLAS, sin or exp) are used, so a seed gives the same
 pixels on every machine; the gzip bytes also depend on the zlib that Python is linked to.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_SIZE = 28
-CHUNK_ROWS = 500  # about 1.5 MB per array: the working set stays near the cache, memory stays small
+CHUNK_ROWS = 500  # rows drawn at a time, about 1.5 MB per array: little memory, most of it in the caches
 
 Field = NDArray[np.floating]
 """float32, one per image (N, 1, 1) or per pixel (N, 28, 28). Lengths are in half pictures, x right, y down."""
@@ -109,7 +109,7 @@ def wave(phase: Field) -> Field:
 
 
 def draw_upper(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
-    """T-shirt, pullover, dress, coat, shirt: a torso with a neckline, two sleeves, and what is sewn onto it."""
+    """Draw a T-shirt, pullover, dress, coat or shirt: a torso with a neckline, two sleeves, and what is sewn on."""
     side = np.abs(x)
     down = (y - p["top"]) / p["length"]  # 0 at the neck, 1 at the hem
     half_width = p["chest"] + (p["waist"] - p["chest"]) * clip01(down * 2.2)
@@ -144,7 +144,7 @@ def draw_upper(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
 
 
 def draw_trouser(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
-    """Trousers: hips and two legs, whose gap may be closed."""
+    """Draw trousers: hips and two legs, whose gap may be closed."""
     side = np.abs(x)
     down = (y - p["top"]) / p["length"]
     hips = np.maximum(side - (p["waist"] + (p["hip"] - p["waist"]) * clip01(down / p["crotch"])), down - p["crotch"])
@@ -160,7 +160,7 @@ def draw_trouser(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
 
 
 def draw_shoe(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
-    """Sandal, sneaker, ankle boot, toe to the left: a sole, an upper that rises into a shaft, and straps or laces."""
+    """Draw a sandal, sneaker or ankle boot, toe to the left: a sole, an upper rising into a shaft, straps, laces."""
     back = (x / p["length"] + 1) / 2  # 0 at the toe, 1 at the heel
     heel = np.maximum(p["heel"], 0)
     lift = clip01((back - 0.25) * 1.8)
@@ -186,7 +186,7 @@ def draw_shoe(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
 
 
 def draw_bag(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
-    """Bag: a tapered box, a handle that may be missing, a flap and a clasp."""
+    """Draw a bag: a tapered box, a handle that may be missing, a flap and a clasp."""
     top = p["base"] - p["height"]
     down = (y - top) / p["height"]
     half_width = p["width"] * (1 - np.maximum(p["taper"], 0) * (1 - down) + np.minimum(p["taper"], 0) * down)
@@ -202,7 +202,7 @@ def draw_bag(p: Params, x: Field, y: Field) -> tuple[Field, Field]:
     return np.minimum(box, handle), detail
 
 
-# Class label -> (how it is drawn, its ranges, its column of them).
+# Class label -> (the function that draws it, the ranges of its parameters, the class's column in them).
 GARMENTS: tuple[tuple[Garment, Ranges, int], ...] = (
     (draw_upper, UPPER_RANGES, 0),  # T-shirt/top
     (draw_trouser, TROUSER_RANGES, 0),  # Trouser
@@ -298,7 +298,7 @@ def draw(num_rows: int, *, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uin
 
 
 def draw_rows(num_rows: int, stream: np.random.SeedSequence) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Do what `draw` says, from a random stream instead of a seed."""
+    """Draw as `draw` does, with random numbers from `stream` instead of a seed."""
     if num_rows < 1:
         raise ValueError(f"num_rows is {num_rows}, must be at least 1")
     rng = np.random.default_rng(stream)
@@ -313,7 +313,7 @@ def draw_rows(num_rows: int, stream: np.random.SeedSequence) -> tuple[NDArray[np
 
 
 def write_archives(folder: Path, *, seed: int = 0, num_train_rows: int = 60_000, num_test_rows: int = 10_000) -> None:
-    """Write the four archives into `folder`, which is made if need be; each appears whole or not at all.
+    """Write the four archives into `folder`, which is created if it does not exist; each appears whole or not at all.
 
     Train and test come from independent random streams of `seed`. Raises `ValueError` as `draw` does.
     """
@@ -329,7 +329,7 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
     """Write a uint8 array as gzip'd IDX (magic 0x0800 + number of axes, sizes as big-endian uint32, rows)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # No name and no time in the gzip header: equal arrays give equal bytes.
+        # Without a name and a time in the gzip header, equal arrays give equal bytes.
         with temporary.open("wb") as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as stream:
             stream.write(struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape))
             stream.write(np.ascontiguousarray(array).data)

@@ -1,1 +1,1 @@
-"""Training on Ray Train: workers, trainer, gradients between ranks."""
+"""Training on Ray Train: the trainer, its workers and their data, the exchange of gradients, and a watchdog."""

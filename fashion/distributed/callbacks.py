@@ -1,7 +1,7 @@
 """Callbacks of Ray Train: write the `epochs` rows while a run trains, print a line per epoch, feed the trackers.
 
-Ray Train's controller runs in the driver, so its reports become rows and lines at once; the progress bar follows the
-step that rank 0 publishes in Ray's key-value store. No extra process takes part.
+Ray Train's controller calls them in the driver's process. The progress bar reads the step that rank 0 publishes in
+Ray's key-value store. Neither needs a further process.
 """
 
 import json
@@ -22,38 +22,39 @@ SECONDS_BETWEEN_STEPS = 0.5
 
 
 class EpochReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Writes the `epochs` rows of a run after each report, the table's only writer, and says a line."""
+    """Writes the `epochs` rows of a run after each report, as the only writer of these rows, and prints a line."""
 
     def __init__(self, storage: Storage, run_id: str, epochs: int, say: Callable[[str], None]) -> None:
-        """Report a run whose last epoch is `epochs`; `say` is given the lines."""
+        """Report on a run whose last epoch is `epochs`; calls `say` with each line for the console."""
         self._storage = storage
         self._run_id = run_id
         self._epochs = epochs
         self._say = say
         self._started = time.monotonic()
-        self._here = 0
+        self._epochs_here = 0
+        """Epochs since this process started; a resumed run has earlier ones."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Add the epoch; a repeated or later one, left by a life of the run that was cut short, is replaced."""
-        fresh = epoch_rows(metrics[0])
-        epoch = fresh[0]["epoch"]
+        """Write the rows of an epoch; they replace rows of this epoch and later ones, left from before a crash."""
+        rows = epoch_rows(metrics[0])
+        epoch = rows[0]["epoch"]
         earlier = tables.read_table(self._storage, "epochs", self._run_id)
         kept = [row for row in earlier if row["epoch"] < epoch]
-        tables.write_table(self._storage, "epochs", self._run_id, kept + fresh)
+        tables.write_table(self._storage, "epochs", self._run_id, kept + rows)
         for note in metrics[0].get("notes", ()):
             self._say(note)
-        self._here += 1
-        left = (time.monotonic() - self._started) / self._here * (self._epochs - epoch)
-        self._say(epoch_line(epoch, self._epochs, {row["split"]: row for row in fresh}, left))
+        self._epochs_here += 1
+        seconds_left = (time.monotonic() - self._started) / self._epochs_here * (self._epochs - epoch)
+        self._say(epoch_line(epoch, self._epochs, {row["split"]: row for row in rows}, seconds_left))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Say what became of workers; whether they are started anew is Ray's to decide, and the run's row tells."""
+        """Print why workers failed. Ray decides whether to restart them; the run's row records the outcome."""
         for rank, error in sorted(worker_exceptions.items()):
             self._say(f"worker {rank} failed: {last_line(error)}")
 
 
 class StepCounter:
-    """Rank 0's side of the bar: leaves (epoch, step, steps) in Ray's key-value store, twice a second at most."""
+    """Publishes (epoch, step, steps) for the progress bar in Ray's key-value store, from rank 0, twice a second."""
 
     def __init__(self, run_id: str, steps: int) -> None:
         self._key = step_key(run_id)
@@ -61,7 +62,7 @@ class StepCounter:
         self._last = 0.0
 
     def __call__(self, epoch: int, step: int) -> None:
-        """Publish the position if it is time."""
+        """Publish the step, unless the last one was published less than `SECONDS_BETWEEN_STEPS` ago."""
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_STEPS:
             self._last = now
@@ -74,21 +75,21 @@ def step_key(run_id: str) -> bytes:
 
 
 def read_step(run_id: str) -> Step | None:
-    """Return the step that rank 0 published last, None if there is none yet."""
-    found = _internal_kv_get(step_key(run_id))
-    if not found:
+    """Return the step that rank 0 published last, or None if there is none yet."""
+    published = _internal_kv_get(step_key(run_id))
+    if not published:
         return None
-    epoch, step, steps = json.loads(found)
+    epoch, step, steps = json.loads(published)
     return epoch, step, steps
 
 
 class TrackingCallback(UserCallback):  # type: ignore[misc]
-    """Hands each epoch's metrics to TensorBoard and MLflow."""
+    """Passes each epoch's metrics to TensorBoard and MLflow."""
 
     def __init__(self, trackers: Sequence[TensorBoard | MLflowRun]) -> None:
         self._trackers = trackers
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Add an epoch: rank 0's metrics, which are the same on all ranks but for the times."""
+        """Add rank 0's metrics of an epoch; those of other ranks differ in their times only."""
         for tracker in self._trackers:
             tracker.add_epoch(metrics[0])

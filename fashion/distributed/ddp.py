@@ -1,4 +1,4 @@
-"""Wrap a network in DDP, and choose how ranks exchange gradients."""
+"""Wrap a network in DistributedDataParallel (DDP), and choose how ranks exchange gradients."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.distributed.shared_memory import ShardedOptimizer
-from fashion.training import run as fit
+from fashion.training.run import WrappedModel
 
 
-def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.WrappedModel:
-    """Return `model` under DDP if there is more than one worker, what moves its weights, and the way of gradients.
+def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
+    """Return `model`, under DDP if there are several workers, the function that updates it, and the kind of exchange.
 
-    No buffers are sent: they are constants, apart from statistics that are averaged once, before an evaluation. With
-    bf16 arithmetic ranks send their gradients as bf16: half the bytes. On CPUs the mean is taken in fp32 and in rank
-    order, whichever way the gradients go, so that ranks on one host and on several compute the same bits. On one host
-    they go through shared memory, in one bucket: nothing could be gained by sending some of them early, for the cores
-    are busy. There, workers share out the update as well.
+    DDP sends no buffers: they are constants, except for statistics that are averaged once, before an evaluation. With
+    bf16 precision ranks send gradients as bf16, half the bytes. On CPUs gradients are averaged in fp32 and in rank
+    order, through shared memory as well as through gloo, so that ranks on one host and on several compute the same
+    bits. On one host gradients go through shared memory, in one bucket: sending some of them early would gain nothing,
+    since the cores are busy. There each worker also updates only its share of the weights.
     """
-    import ray.train.torch  # the hook below is of use without Ray
+    import ray.train.torch  # imported here, so that the communication hook below works without Ray
 
     context = ray.train.get_context()
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
@@ -45,11 +45,12 @@ def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: s
 
 
 def mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """DDP communication hook: the ranks' mean gradient, sent as `dtype`, added in fp32 and in rank order.
+    """Average gradients over the ranks: a DDP communication hook that sends `dtype` and adds in fp32, in rank order.
 
-    Those are the bits of `ShardedOptimizer` for any number of ranks. gloo's own all-reduce adds in the order of its
-    ring, and in bf16 where it sends bf16. Each rank averages one slice of the bucket and sends the mean to all others,
-    as a ring all-reduce does: 2 (W - 1) / W of the bucket cross the network in fp32, three quarters of that in bf16.
+    The result has the same bits as `ShardedOptimizer`'s, for any number of ranks. gloo's own all-reduce adds in the
+    order of its ring, and in bf16 if it sends bf16. Each rank averages one slice of the bucket and sends the mean to
+    all others, as a ring all-reduce does: each rank sends 2 (W - 1) / W of the bucket's bytes with fp32, and three
+    quarters of that with bf16.
     """
     gradient, world_size = bucket.buffer(), dist.get_world_size()
     per_rank = -(-gradient.numel() // world_size)

@@ -1,4 +1,4 @@
-"""How a rank gets its rows: pulled from the object store once, or streamed from Ray Data in every epoch."""
+"""A rank's rows: pulled from the object store once, or streamed from Ray Data in every epoch."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,45 +14,49 @@ from torch import Tensor
 from fashion.config import TrainConfig
 from fashion.data import shards
 from fashion.data.rows import SCHEMA, Split, from_table
-from fashion.training import run as fit
 from fashion.training.batches import Augmentation, Batch, stream_seed
+from fashion.training.run import Rank, Shards, resident_batches
 
+# Rows that are read, and shuffled among themselves, at a time: 6.4 MB of pixels.
 STREAM_BUFFER_ROWS = 8192
 
 
-def open_rows(config: TrainConfig, settings: dict[str, Any], rank: fit.Rank) -> fit.Shards:
-    """Pull this rank's val rows, and its training rows or the means to stream them."""
-    num_train_rows = settings["cuts"]["train"][-1]
+def open_shards(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Shards:
+    """Return this rank's shards: val rows pulled onto the device, training rows pulled or to be streamed.
+
+    `settings` are those of `worker.train_loop_per_worker`.
+    """
+    num_train_rows = settings["bounds"]["train"][-1]
     num_steps = config.steps_per_epoch(num_train_rows)
     train_batches: Callable[[int], Iterator[Batch]]
     if config.data_mode == "streaming":
         train_batches = streaming_batches(config, rank, num_steps)
     else:
         images, labels = pull_shard("train", settings, rank)
-        train_batches = fit.resident_batches(config, images, labels, rank, num_steps)
-    return fit.Shards(
+        train_batches = resident_batches(config, images, labels, rank, num_steps)
+    return Shards(
         train_batches=train_batches,
         val=pull_shard("val", settings, rank),
         num_train_rows=num_train_rows,
-        num_val_rows=settings["cuts"]["val"][-1],
+        num_val_rows=settings["bounds"]["val"][-1],
         pixel_mean=settings["pixel_mean"],
         pixel_std=settings["pixel_std"],
     )
 
 
-def pull_shard(split: str, settings: dict[str, Any], rank: fit.Rank) -> Batch:
+def pull_shard(split: str, settings: dict[str, Any], rank: Rank) -> Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
-    cuts = settings["cuts"][split]
-    pieces = shards.blocks_of_shard(cuts, rank.rank, rank.world_size)
-    tables = list(as_tables(ray.get([settings["tables"][split][piece] for piece in pieces])))
+    bounds, references = settings["bounds"][split], settings["blocks"][split]
+    numbers = shards.blocks_of_shard(bounds, rank.rank, rank.world_size)
+    tables = list(as_tables(ray.get([references[number] for number in numbers])))
     rows = from_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
-    start, stop = shards.shard_bounds(cuts[-1], rank.rank, rank.world_size)
+    start, stop = shards.shard_bounds(bounds[-1], rank.rank, rank.world_size)
     assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
     return to_tensors(rows, rank.device)
 
 
 def as_tables(batches: Iterable[Any]) -> Iterator[pa.Table]:
-    """Yield Ray's batches as tables of `data.SCHEMA`, without the metadata that Ray adds."""
+    """Yield Ray's batches as tables with `data.rows.SCHEMA`, without the metadata that Ray adds."""
     for batch in batches:
         yield batch.select(SCHEMA.names).cast(SCHEMA)
 
@@ -63,10 +67,11 @@ def to_tensors(rows: Split, device: torch.device) -> Batch:
     return images.to(device), torch.from_numpy(rows.labels.astype(np.int64)).to(device)
 
 
-def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Callable[[int], Iterator[Batch]]:
-    """Return `train_batches(epoch)` for rows that do not fit: read anew in each epoch, shuffled within a buffer.
+def streaming_batches(config: TrainConfig, rank: Rank, num_steps: int) -> Callable[[int], Iterator[Batch]]:
+    """Return `train_batches(epoch)` for rows that do not fit in memory: read in every epoch, shuffled within a buffer.
 
-    Ray's local shuffle buffer is not used: it yields short batches in mid-stream, and ranks with unequal steps hang.
+    Ray's local shuffle buffer is not used: it yields short batches in mid-stream, and ranks with unequal numbers of
+    steps wait for each other for ever.
     """
     shard = ray.train.get_dataset_shard("train")
     batch_size = config.global_batch_size // rank.world_size
@@ -88,13 +93,16 @@ def streaming_batches(config: TrainConfig, rank: fit.Rank, num_steps: int) -> Ca
 def resliced(
     tables: Iterable[pa.Table], batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield whole batches (images, labels, index) of rows shuffled within each table; a remainder joins the next."""
+    """Yield full batches of images (B, 1, 28, 28) uint8, labels and index (B,) int64, shuffled within each table.
+
+    Rows left over from a table are shuffled with those of the next one; those left over from the last are dropped.
+    """
     rest: tuple[Tensor, ...] | None = None
     for table in tables:
         split = from_table(table)
         images, labels = to_tensors(split, torch.device("cpu"))
-        fresh: tuple[Tensor, ...] = (images, labels, torch.from_numpy(split.index.astype(np.int64)))
-        rows = fresh if rest is None else tuple(torch.cat(pair) for pair in zip(rest, fresh, strict=True))
+        read: tuple[Tensor, ...] = (images, labels, torch.from_numpy(split.index.astype(np.int64)))
+        rows = read if rest is None else tuple(torch.cat(pair) for pair in zip(rest, read, strict=True))
         order = torch.randperm(len(rows[1]), generator=generator)
         whole = len(order) // batch_size * batch_size
         for chosen in order[:whole].view(-1, batch_size):

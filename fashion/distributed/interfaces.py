@@ -1,7 +1,7 @@
-"""Which network interface workers reach each other on: the one that carries their node's address in Ray.
+"""The network interface through which workers exchange gradients: the one with their node's address in Ray.
 
-Left to itself, gloo takes the address that the host's own name resolves to. Debian, and containers likewise, resolve it
-to 127.0.1.1 or 127.0.0.1: workers on several hosts then tell each other to connect to themselves.
+By default gloo uses the address that the host's own name resolves to. Debian and many containers resolve it to
+127.0.1.1 or 127.0.0.1; workers on several hosts would then tell each other to connect to themselves.
 """
 
 import os
@@ -15,7 +15,7 @@ from ray.train.torch.config import _TorchBackend
 
 @dataclass
 class NetworkConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
-    """Ray Train's process group, on the interfaces of the nodes' addresses."""
+    """Ray Train's `TorchConfig`, with `NetworkBackend` to set up the process group."""
 
     @property
     def backend_cls(self) -> type["NetworkBackend"]:
@@ -23,7 +23,7 @@ class NetworkConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
 
 
 class NetworkBackend(_TorchBackend):  # type: ignore[misc]
-    """Has every worker choose its interface before the process group is made."""
+    """Makes every worker choose its interface before the process group is created."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_interface)
@@ -31,19 +31,20 @@ class NetworkBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def choose_interface() -> None:
-    """Name the node's interface to gloo and NCCL, unless the user has named one."""
+    """Set the node's interface for gloo and NCCL in the environment, unless the user has set one."""
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=" it is the start of a name: eth1 is eth10
+        # Without "=" NCCL takes the name as a prefix: eth1 would match eth10.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def interface_of(address: str) -> str | None:
-    """Return the interface that carries `address`; None if none does, as behind a translation of addresses."""
-    import psutil  # comes with Ray, found once Ray is imported
+    """Return the interface that has `address`, or None if none has it, as behind network address translation."""
+    import psutil  # part of Ray, which makes it importable when Ray is imported
 
-    for name, carried in psutil.net_if_addrs().items():
-        # The kernel appends the interface to a link-local address of IPv6.
-        if address in {entry.address.partition("%")[0] for entry in carried}:
+    for name, entries in psutil.net_if_addrs().items():
+        # The kernel appends the interface's name to a link-local IPv6 address.
+        if address in {entry.address.partition("%")[0] for entry in entries}:
             return str(name)
     return None

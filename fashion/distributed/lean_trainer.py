@@ -1,8 +1,8 @@
-"""Ray's `TorchTrainer` with no more processes than it needs: on two cores each one takes 3 to 8 s to start.
+"""Ray's `TorchTrainer` without the processes that a run does not need: on two cores each takes 3 to 8 s to start.
 
-Ray 2.60 starts beside the workers a controller, a coordinator of autoscaling, a manager of datasets and a cleaner of
-placement groups, one after the other. Only the workers, and the actor that they meet at, are left here. What is
-overridden is not public; the version of Ray is pinned, and a test counts the processes.
+Besides the workers Ray 2.60 starts a controller, an autoscaling coordinator, a dataset manager and a cleaner of
+placement groups, one after the other. This trainer starts the workers and their synchronisation actor only. It
+overrides private methods of Ray; the version of Ray is pinned, and a test counts the processes.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from fashion.distributed.interfaces import NetworkConfig
 
-# The controller looks at its workers this often (Ray's default is 2 s); each epoch's report waits for a look.
+# How often the controller polls its workers (Ray's default is 2 s); each epoch's report waits for the next poll.
 HEALTH_CHECK_INTERVAL_S = 0.5
-CONTROLLERS_OWN = (HEALTH_CHECK_INTERVAL_S_ENV_VAR, ENABLE_PREEMPTION_WATCHER_ENV_VAR)
+CONTROLLER_VARIABLES = (HEALTH_CHECK_INTERVAL_S_ENV_VAR, ENABLE_PREEMPTION_WATCHER_ENV_VAR)
 
 
 class FixedWidth(FixedScalingPolicy):  # type: ignore[misc]  # Ray has no types
-    """A fixed number of workers, asked of the placement group alone: no autoscaler is told beforehand.
+    """A fixed number of workers, requested by their placement group alone and not from the autoscaler beforehand.
 
-    The plan has found room for them in the live cluster; a pending placement group makes an autoscaler act as well.
+    The plan has found room for them in the live cluster; an autoscaler also acts on a pending placement group.
     """
 
     def _send_resource_request(self) -> None:
@@ -45,16 +45,18 @@ class FixedWidth(FixedScalingPolicy):  # type: ignore[misc]  # Ray has no types
 
 
 class Workers(WorkerGroup):  # type: ignore[misc]
-    """Workers that are told of no controller actor, since the controller is none.
+    """Workers without a handle to a controller actor, since the controller is not an actor.
 
-    They would only ask it for the checkpoints that all of them reported, and the training loop never does.
+    Workers use the handle only to get all reported checkpoints, which the training loop never does.
     """
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what the controller alone reads: without variables of their own, workers take waiting processes."""
+        """Leave out the controller's variables: only workers without any variables use Ray's prestarted processes."""
         environment = dict(WorkerGroup._get_worker_runtime_env(custom_runtime_env))
-        variables = {key: value for key, value in environment.pop("env_vars").items() if key not in CONTROLLERS_OWN}
+        variables = {
+            key: value for key, value in environment.pop("env_vars").items() if key not in CONTROLLER_VARIABLES
+        }
         return environment | ({"env_vars": variables} if variables else {})
 
     def _init_train_context_on_workers(
@@ -67,18 +69,18 @@ class Workers(WorkerGroup):  # type: ignore[misc]
             "worker_callbacks": self._worker_callbacks_to_propagate,
             "controller_actor": None,
         }
-        told = []
+        calls = []
         for rank, worker in enumerate(workers):
             own = {name: values[rank] for name, values in train_context_args.items()}
-            told.append(
+            calls.append(
                 worker.actor.init_train_context.remote(distributed_context=worker.distributed_context, **shared, **own)
             )
-        ray.get(told)
+        ray.get(calls)
         self._decorate_worker_log_file_paths(workers)
 
 
 class Controller(TrainController):  # type: ignore[misc]
-    """Ray Train's controller, for a process that is no actor."""
+    """Ray Train's controller, for a process that is not an actor."""
 
     worker_group_cls = Workers
 
@@ -88,21 +90,22 @@ class Controller(TrainController):  # type: ignore[misc]
             self._health_check_interval_s = HEALTH_CHECK_INTERVAL_S
 
 
-def reclaim_announced() -> str:
-    """Return what this worker was told of nodes that will be taken away soon, an empty text if nothing.
+def preemption_notice() -> str:
+    """Return Ray's notice to this worker that nodes will be preempted soon, or an empty text if there is none.
 
-    Ray's own `get_preemption_info` makes all workers wait for each other, who agree on a checkpoint by themselves.
+    Ray's own `get_preemption_info` makes all workers wait for each other; here they agree on a checkpoint at their next
+    synchronisation point.
     """
-    told = get_train_context().preemption_context.preemption_info
-    return "" if told is None else str(told)
+    info = get_train_context().preemption_context.preemption_info
+    return "" if info is None else str(info)
 
 
 class LeanTrainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` whose controller runs in the calling process.
 
-    Callbacks are therefore called here, as they are and not as copies. No actor removes the placement group later:
-    that of a run goes with its driver, that of a trial with `trial.remove_workers`; Ray's own takes 0.6 GB, and stays
-    for ever where no dashboard answers it or another Ray runs on the machine.
+    Callbacks are therefore called in this process, and not as copies. No actor removes the placement group afterwards:
+    that of a run ends with its driver, and `trial.remove_workers` removes that of a trial. Ray's actor for this takes
+    0.6 GB, and stays for ever if no dashboard answers it or another Ray runs on the machine.
     """
 
     _cancel: Callable[[], Any] = staticmethod(lambda: None)
@@ -119,7 +122,7 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if not self.scaling_config.elasticity_enabled and not self.datasets:
             arguments["scaling_policy"] = FixedWidth(self.scaling_config)
-        self.run_config.callbacks = []  # `arguments` has them; workers are sent the rest
+        self.run_config.callbacks = []  # `arguments` holds them; the rest of the configuration is sent to the workers
         controller = Controller(**arguments)
         asyncio.run(self._drive(controller))
         return controller.get_result()
@@ -137,5 +140,5 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]
             raise
 
     def stop(self) -> None:
-        """End the workers, from another thread than that of `fit`, which then raises `asyncio.CancelledError`."""
+        """End the workers; call this from another thread than `fit`, which then raises `asyncio.CancelledError`."""
         self._cancel()

@@ -1,4 +1,4 @@
-"""One training run from start to report: build and fit the `TorchTrainer`, choose the checkpoint, write the rows."""
+"""One training run from its settings to its reports: prepare, plan, train on Ray Train, evaluate, write the rows."""
 
 import functools
 import queue
@@ -36,45 +36,47 @@ from fashion.storage import Storage
 from fashion.training.checkpoint_manager import name_of
 from fashion.training.metrics import best_epoch, epoch_rows, summarise
 
-# Ctrl-C while workers start is heard when they have started; a second one is heard at once.
+# How long Ctrl-C waits for the workers to end. Ray acts on it only when workers that start have started; a second
+# Ctrl-C does not wait.
 SECONDS_TO_STOP = 30.0
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a run is started, which changes none of its numbers."""
+@dataclass(frozen=True)
+class RunSpec:
+    """What to train: the run's name, its settings and workers, and where its data comes from."""
 
-    source: str = "auto"
-    """Where the data comes from if the storage holds none yet."""
-    resume: bool = False
-    """Go on with the run of that name."""
-    kind: str = "train"
-    """Column of its row: train, refit (the winner of a search) or study."""
-    search_id: str = ""
-    """Column of its row: the search whose winner it trains."""
-    mlflow: str = ""
-    """Address of an MLflow server that is told of each epoch."""
+    run_id: str
+    config: TrainConfig
+    scale: ScaleConfig
     faults: FaultConfig = FaultConfig()  # noqa: RUF009 - it is frozen
+    source: str = "auto"
+    """Where the data comes from if the storage holds none: see `jobs.prepare`."""
+    resume: bool = False
+    """Whether to continue the run `run_id`, which must exist; otherwise it must not."""
+    kind: str = "train"
+    """Column of the `runs` row: `train`, `study`, or `refit` for the winner of a search."""
+    search_id: str = ""
+    """Column of the `runs` row: the search whose winner is refitted, else empty."""
+    mlflow: str = ""
+    """Address of an MLflow tracking server that gets each epoch; empty for none."""
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """What a run is made of: where it is kept, its settings, its workers, its data, and the servers that hear of it."""
+class PlannedRun:
+    """A run that is ready to start: its data is prepared, the cluster has room for it, its trackers are open."""
 
     storage: Storage
-    run_id: str
-    config: TrainConfig
+    spec: RunSpec
     plan: Plan
     manifest: Manifest
-    tracked: Sequence[MLflowRun] = ()
-    faults: FaultConfig = FaultConfig()  # noqa: RUF009 - it is frozen
+    trackers: Sequence[MLflowRun] = ()
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves: the `runs` row, where things lie, and whether the run was already finished before."""
+    """What `train` returns: the `runs` row, the paths to show the user, and whether the run had finished before."""
 
     run_id: str
     row: dict[str, Any]
@@ -87,100 +89,96 @@ class RunFailed(RuntimeError):
 
 
 def new_run_id(preset: str) -> str:
-    """Return a fresh id such as `default-20260131-093000-1a2b`."""
+    """Return a new id such as `default-20260131-093000-1a2b`."""
     return f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def train(
-    storage: Storage,
-    run_id: str,
-    config: TrainConfig,
-    scale: ScaleConfig,
-    options: RunOptions = RunOptions(),
-    announce: Callable[[Plan], None] = lambda plan: None,
-) -> TrainResult:
+def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = lambda plan: None) -> TrainResult:
     """Train, choose the best checkpoint on val, evaluate it once on test, and write all reports.
 
-    Prepares the data if the storage holds none, and connects to Ray. `announce` is given the plan before anything
-    starts. Raises `UserError` for what the user can mend and `RunFailed` for a run that failed; the reports say the
-    same.
+    Prepares the data if the storage holds none, and connects to Ray. Calls `announce` with the plan before anything
+    starts. Does nothing for a run that is complete. Raises `UserError` for what the user can mend and `RunFailed` for a
+    run that failed; the reports say the same.
     """
+    scale, config = spec.scale, spec.config
     scale.check_batch(config.global_batch_size)
-    if options.mlflow:
-        check_mlflow(options.mlflow)
-    earlier = earlier_life(storage, run_id, config, options.resume)
-    if earlier.get("status") == "completed":
-        return TrainResult(run_id, earlier, result_paths(storage, run_id, earlier), was_finished=True)
-    manifest = find_manifest(storage) or preparation.prepare(storage, options.source)[0]
-    check_source(storage, manifest, options.source)
-    check_same_data(storage, manifest, earlier)
+    if spec.mlflow:
+        check_mlflow(spec.mlflow)
+    stored = stored_row(storage, spec)
+    if stored.get("status") == "completed":
+        return TrainResult(spec.run_id, stored, result_paths(storage, spec.run_id, stored), was_finished=True)
+    manifest = find_manifest(storage) or preparation.prepare(storage, spec.source)[0]
+    check_source(storage, manifest, spec.source)
+    check_same_data(storage, manifest, stored)
     storage.check_writable(schemas.RUNS_FOLDER, schemas.REPORTS_FOLDER)
-    with NameLock(storage, schemas.RUNS_FOLDER, run_id, "--run-id"):
-        earlier = earlier_life(storage, run_id, config, options.resume)  # somebody may have had it until now
-        if options.resume:
-            provenance.warn_of_other_code(run_id, earlier)
+    with NameLock(storage, schemas.RUNS_FOLDER, spec.run_id, "--run-id"):
+        stored = stored_row(storage, spec)  # another process may have trained the run until now
+        if spec.resume:
+            provenance.warn_of_other_code(spec.run_id, stored)
         connection.connect()
         check_every_node_sees(storage)
         plan = make_plan(config, scale, manifest)
         announce(plan)
         for split in SPLITS:
-            splits.load_split(storage, manifest, split)  # a damaged file is found before anything is written
-        # Before the row: a server that refuses leaves none that would say "running" for ever.
-        tracked = [MLflowRun(options.mlflow, run_id, config.to_dict())] if options.mlflow else []
-        identity = {"kind": options.kind, "search_id": options.search_id or None}
-        spec = RunSpec(storage, run_id, config, plan, manifest, tracked, options.faults)
-        return carry_out(spec, identity | earlier)
+            splits.load_split(storage, manifest, split)  # finds a damaged file before anything is written
+        # Before the `runs` row is written: a server that refuses must not leave a row that says "running" for ever.
+        trackers = [MLflowRun(spec.mlflow, spec.run_id, config.to_dict())] if spec.mlflow else []
+        return run_and_record(PlannedRun(storage, spec, plan, manifest, trackers), stored)
 
 
-def earlier_life(storage: Storage, run_id: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
-    """Return the row of the run that is to go on, or nothing for a new one; raises `UserError` if it may not."""
-    if not resume:
-        runs.check_new_run(storage, run_id)
+def stored_row(storage: Storage, spec: RunSpec) -> dict[str, Any]:
+    """Return the `runs` row of a run that resumes, {} for a new run.
+
+    Raises `UserError` if the run to resume does not exist or has other settings, or if a new run's name is taken.
+    """
+    if not spec.resume:
+        runs.check_new_run(storage, spec.run_id)
         return {}
-    runs.check_same_config(storage, run_id, config)
-    return runs.load_run(storage, run_id)
+    runs.check_same_config(storage, spec.run_id, spec.config)
+    return runs.load_run(storage, spec.run_id)
 
 
-def carry_out(job: RunSpec, earlier: dict[str, Any]) -> TrainResult:
-    """Run `job` to its end and write its row; `earlier` has the columns that an earlier life and the caller know."""
-    storage, run_id = job.storage, job.run_id
-    started = begin_row(storage, run_id, job.config, job.manifest, earlier)
+def run_and_record(run: PlannedRun, stored: dict[str, Any]) -> TrainResult:
+    """Train and evaluate `run`, and write its row; `stored` is the row of a run that resumes, else {}.
+
+    Raises `RunFailed` unless the run completes.
+    """
+    storage, run_id = run.storage, run.spec.run_id
+    started = begin_row(run, stored)
     clock = time.perf_counter()
     try:
-        row = started | run_or_explain(job)
+        row = started | run_or_explain(run)
     except BaseException as error:
-        # Nothing that was foreseen: the row says so, and the traceback goes on.
-        failed = started | {"status": "failed", "error": brief(error)}
+        # An error that nobody foresaw: the row records it, and the traceback goes on to the user.
+        failed = started | {"status": "failed", "error": summarise_error(error)}
         tables.write_table(storage, "runs", run_id, [failed])
-        for each in job.tracked:
-            each.end(failed)
+        for tracker in run.trackers:
+            tracker.end(failed)
         raise
-    row |= {"finished_at": datetime.now(UTC), "wall_s": (earlier.get("wall_s") or 0) + time.perf_counter() - clock}
+    row |= {"finished_at": datetime.now(UTC), "wall_s": (stored.get("wall_s") or 0) + time.perf_counter() - clock}
     tables.write_table(storage, "runs", run_id, [row])
-    for each in job.tracked:
-        each.end(row)
+    for tracker in run.trackers:
+        tracker.end(row)
     if row["status"] != "completed":
         raise RunFailed(f"run {run_id} {row['status']}: {row['error']}")
     return TrainResult(run_id, row, result_paths(storage, run_id, row))
 
 
-def begin_row(
-    storage: Storage, run_id: str, config: TrainConfig, manifest: Manifest, earlier: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the `runs` row of a run that starts, or that goes on from its `earlier` row, and return it."""
+def begin_row(run: PlannedRun, stored: dict[str, Any]) -> dict[str, Any]:
+    """Write the `runs` row of a run that starts, or resumes from its row `stored`, and return the new row."""
     row = {
-        "kind": earlier["kind"],
-        "search_id": earlier["search_id"],
+        "kind": stored.get("kind", run.spec.kind),
+        "search_id": stored.get("search_id", run.spec.search_id or None),
         "status": "running",
-        "started_at": earlier.get("started_at") or datetime.now(UTC),
-        "wall_s": earlier.get("wall_s"),
-    } | identity_columns(config, manifest)
-    tables.write_table(storage, "runs", run_id, [row])
+        "started_at": stored.get("started_at") or datetime.now(UTC),
+        "wall_s": stored.get("wall_s"),
+    } | identity_columns(run.spec.config, run.manifest)
+    tables.write_table(run.storage, "runs", run.spec.run_id, [row])
     return row
 
 
 def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """Return the columns of the `runs` table that say what a run is made of."""
+    """Return the columns of the `runs` table that say what is trained: data, code, settings, network and machine."""
     return {
         "dataset": manifest.dataset,
         "dataset_sha256": manifest.sha256,
@@ -193,44 +191,46 @@ def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     } | provenance.versions()
 
 
-def run_or_explain(job: RunSpec) -> dict[str, Any]:
-    """Fit the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
+def run_or_explain(run: PlannedRun) -> dict[str, Any]:
+    """Train the run and evaluate its chosen checkpoint once on test; return the columns of the outcome.
 
-    Whatever stops the run becomes a row with a status and a reason; details go to standard error.
+    An expected failure (Ctrl-C, lost workers, a full disk) becomes a status and a reason in the columns; details go to
+    standard error.
     """
     try:
-        columns = fit_and_choose(job)
+        columns = fit_and_choose(run)
         if columns["status"] == "completed":
-            scores = evaluation.evaluate_run(job.storage, job.run_id, columns, split="test", plan=job.plan)
+            scores = evaluation.evaluate_run(run.storage, run.spec.run_id, columns, split="test", plan=run.plan)
             columns |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
     except (KeyboardInterrupt, SystemExit):
         # Ctrl-C, or the SIGTERM of `ray job stop`, which Ray turns into SystemExit.
-        return {"status": "interrupted", "error": f"stopped; continue with --run-id {job.run_id} --resume"}
+        return {"status": "interrupted", "error": f"stopped; continue with --run-id {run.spec.run_id} --resume"}
     except (ray.train.TrainingFailedError, ray.exceptions.RayError, OSError) as error:
         print(error, file=sys.stderr)
-        return {"status": "failed", "error": brief(error)}
+        return {"status": "failed", "error": summarise_error(error)}
     return columns
 
 
-def fit_and_choose(job: RunSpec) -> dict[str, Any]:
-    """Fit the run and choose its checkpoint on val; return the columns of the outcome, those of test apart."""
-    with ProgressBar(job.config.last_epoch, functools.partial(read_step, job.run_id)) as bar:
-        trainer = build_trainer(job, bar.say)
-        result = in_a_thread(trainer.fit, trainer.stop)
-    return outcome_columns(job, result)
+def fit_and_choose(run: PlannedRun) -> dict[str, Any]:
+    """Train the run and choose its checkpoint on val; return the columns of the outcome, without those of test."""
+    with ProgressBar(run.spec.config.last_epoch, functools.partial(read_step, run.spec.run_id)) as bar:
+        trainer = build_trainer(run, bar.say)
+        result = run_in_thread(trainer.fit, trainer.stop)
+    return outcome_columns(run, result)
 
 
-def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
-    """Run `work` in a thread and wait for it; if the wait is interrupted, `stop` it and let it end.
+def run_in_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+    """Run `work` in a thread and return its result, or raise its exception.
 
-    In the main thread Ray would take SIGINT for itself and keep it after the run; so, Ctrl-C reaches the caller.
+    If the wait is interrupted, as by Ctrl-C, calls `stop` and gives `work` `SECONDS_TO_STOP` to end. In the main thread
+    Ray would install its own handler of SIGINT and keep it after the run; in another one, Ctrl-C reaches the caller.
     """
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             done.put((work(), None))
-        except BaseException as error:  # handed to the caller, whatever it is
+        except BaseException as error:  # raised again in the caller's thread
             done.put((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -238,8 +238,8 @@ def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) 
     try:
         result, error = done.get()
     except BaseException:
-        # Whatever ends the wait goes on to the caller, once the workers have ended. Ray's handler of SIGTERM has the
-        # kernel abort the process 3 s later; to stop and to write may take longer.
+        # The exception goes on to the caller once the workers have ended. Ray's handler of SIGTERM sets an alarm that
+        # aborts the process after 3 s; to stop the workers and to write the row may take longer.
         signal.alarm(0)
         stop()
         thread.join(SECONDS_TO_STOP)
@@ -249,64 +249,64 @@ def in_a_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) 
     return cast(T, result)
 
 
-def brief(error: BaseException | str) -> str:
-    """Return an error's last line, at most 500 characters; of a worker group's error, that of its first rank."""
+def summarise_error(error: BaseException | str) -> str:
+    """Return the last line of an error, at most 500 characters; of a worker group's error, that of its lowest rank."""
     failures = getattr(error, "worker_failures", None)
     rank, first = min(failures.items()) if failures else (None, error)
     return last_line(first) if rank is None else f"worker {rank}: {last_line(first)}"
 
 
-def build_trainer(job: RunSpec, say: Callable[[str], None]) -> LeanTrainer:
-    """Return the trainer, its rows in the object store; `say` is given a line for each epoch."""
-    storage, config, plan = job.storage, job.config, job.plan
+def build_trainer(run: PlannedRun, say: Callable[[str], None]) -> LeanTrainer:
+    """Put the run's rows into the object store and return its trainer, which calls `say` with a line per epoch."""
+    storage, config, plan, run_id = run.storage, run.spec.config, run.plan, run.spec.run_id
     streamed = {}
     if config.data_mode == "streaming":
-        # The one set that is split by Ray; everything else is cut by row number beforehand.
-        streamed = {"train": splits.open_dataset(storage, job.manifest, "train").limit(plan.num_train_rows)}
+        # Ray Train splits this set among the workers; every other set is cut into blocks by row number here.
+        streamed = {"train": splits.open_dataset(storage, run.manifest, "train").limit(plan.num_train_rows)}
     return LeanTrainer(
         train_loop_per_worker,
-        train_loop_config=worker_settings(storage, job.manifest, config, plan)
-        | {"folder": (schemas.RUNS_FOLDER, job.run_id), "faults": asdict(job.faults)},
+        train_loop_config=worker_settings(storage, run.manifest, config, plan)
+        | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults)},
         datasets=streamed,
-        scaling_config=scaling_config(plan, job.faults.resize_every_s),
+        scaling_config=scaling_config(plan, run.spec.faults.resize_every_s),
         run_config=ray.train.RunConfig(
-            name=job.run_id,
+            name=run_id,
             storage_path=storage.path(schemas.RUNS_FOLDER),
             storage_filesystem=storage.fs,
-            failure_config=ray.train.FailureConfig(max_failures=job.faults.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=run.spec.faults.max_failures),
             callbacks=[
-                EpochReporter(storage, job.run_id, config.last_epoch, say),
-                TrackingCallback([*curves(storage, job.run_id, config), *job.tracked]),
+                EpochReporter(storage, run_id, config.last_epoch, say),
+                TrackingCallback([*tensorboard_writers(storage, run_id, config), *run.trackers]),
             ],
-            # Warnings of how Ray tidies up after a failure stay in its log folder; the failure itself is told below.
+            # Ray's warnings while it tidies up after a failure stay in its logs; `EpochReporter` prints the failure.
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
-def curves(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoard]:
-    """Return what writes TensorBoard's event files beside the run; nothing if the storage is no folder: it appends."""
+def tensorboard_writers(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoard]:
+    """Return the writer of the run's TensorBoard event files; none in an object store, where files cannot grow."""
     if not isinstance(storage.fs, pafs.LocalFileSystem):
         return []
     return [TensorBoard(storage.path(schemas.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 
 
 def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Return what every worker is told, the rows put into the object store; see `worker.train_loop_per_worker`.
+    """Put the rows into the object store, and return the settings that `worker.train_loop_per_worker` takes.
 
-    `folder` is left to the caller.
+    They lack `folder`, which the caller adds.
     """
     num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
-    cuts = {split: shards.cut_points(rows, *plan.num_workers) for split, rows in num_rows.items()}
+    bounds = {split: shards.block_bounds(rows, *plan.num_workers) for split, rows in num_rows.items()}
     resident = ("train", "val") if config.data_mode == "resident" else ("val",)
     return {
         "config": config.to_dict(),
         "threads": plan.threads_per_worker,
         "pixel_mean": manifest.pixel_mean,
         "pixel_std": manifest.pixel_std,
-        "cuts": cuts,
-        "tables": {
-            split: shards.share_blocks(load_rows(storage, manifest, config, split), cuts[split]) for split in resident
+        "bounds": bounds,
+        "blocks": {
+            split: shards.put_blocks(load_rows(storage, manifest, config, split), bounds[split]) for split in resident
         },
         "show_bar": sys.stdout.isatty(),
         "storage": storage.uri,
@@ -316,7 +316,10 @@ def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, p
 
 
 def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_s) -> ray.train.ScalingConfig:
-    """Return the worker group's shape in Ray's terms; a range of workers is looked at every `resize_every_s`."""
+    """Return the plan's workers and their resources as Ray Train takes them.
+
+    A run with a range of workers checks every `resize_every_s` seconds whether the cluster has room for more.
+    """
     low, high = plan.num_workers
     return ray.train.ScalingConfig(
         num_workers=high if low == high else (low, high),
@@ -327,37 +330,38 @@ def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_
 
 
 def load_rows(storage: Storage, manifest: Manifest, config: TrainConfig, split: str) -> Split:
-    """Return a split's rows; val's join those of train unless they are held out."""
+    """Return a split's rows; those of train include those of val unless val is held out."""
     rows = splits.load_split(storage, manifest, split)
     if split == "train" and not config.hold_out_val:
         return joined(rows, splits.load_split(storage, manifest, "val"))
     return rows
 
 
-def outcome_columns(job: RunSpec, result: ray.train.Result) -> dict[str, Any]:
-    """Return the columns of the `runs` row that training decides."""
-    told = result.return_value
-    assert told is not None, "rank 0 returned nothing"
-    history, facts = told["history"], {name: told[name] for name in (*schemas.PROCESS_COLUMNS, "resumed_from")}
-    if told["diverged"]:
-        return facts | {"status": "diverged", "error": told["diverged"], "epochs_done": len(history)}
-    # A run killed between a checkpoint and its rows lacks some; the history in the checkpoint is what happened.
-    tables.write_table(job.storage, "epochs", job.run_id, [row for metrics in history for row in epoch_rows(metrics)])
+def outcome_columns(run: PlannedRun, result: ray.train.Result) -> dict[str, Any]:
+    """Return the columns of the `runs` row that follow from training, and write all rows of `epochs` once more."""
+    run_id, returned = run.spec.run_id, result.return_value
+    assert returned is not None, "rank 0 returned nothing"
+    history = returned["history"]
+    columns = {name: returned[name] for name in (*schemas.PROCESS_COLUMNS, "resumed_from")}
+    if returned["diverged"]:
+        return columns | {"status": "diverged", "error": returned["diverged"], "epochs_done": len(history)}
+    # A run that was killed between a checkpoint and its rows lacks those; the checkpoint has the complete history.
+    tables.write_table(run.storage, "epochs", run_id, [row for metrics in history for row in epoch_rows(metrics)])
     best = best_epoch(history)
     return (
         summarise(history, best)
-        | facts
+        | columns
         | {
             "status": "completed",
-            "config_json": runs.config_json(job.config),
-            "dataset_sha256": job.manifest.sha256,
-            "checkpoint": f"{schemas.RUNS_FOLDER}/{job.run_id}/{name_of(best)}",
+            "config_json": runs.config_json(run.spec.config),
+            "dataset_sha256": run.manifest.sha256,
+            "checkpoint": f"{schemas.RUNS_FOLDER}/{run_id}/{name_of(best)}",
         }
     )
 
 
 def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str, str]:
-    """Return where the run's things lie, as a person would write it."""
+    """Return the paths of the run's checkpoint and reports, as a person would write them."""
     return {
         "checkpoint": storage.show(row["checkpoint"] or ""),
         "reports": storage.show(schemas.REPORTS_FOLDER, "<table>", f"run_id={run_id}"),

@@ -1,7 +1,7 @@
-"""A watch over a process that ought to make progress: if it does not, its stacks are told and it is ended.
+"""A watchdog: kills this process when it makes no progress, after saving the stacks of its threads.
 
-Standard library alone. A process that waits for another one for ever looks as if it worked; ended, it is one that Ray
-starts anew.
+Imports the standard library alone. Ray takes a process that waits for another one for ever for a working one; it
+restarts a process that has ended.
 """
 
 import faulthandler
@@ -14,29 +14,29 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-STANDARD_ERROR = 2  # of the process, whatever Python's own has become
-LOOKS = 20
-"""SyncPoints within the time that a process may be silent for."""
+STANDARD_ERROR = 2  # the process's file descriptor, whatever `sys.stderr` is
+CHECKS = 20
+"""How often the watchdog checks within `timeout_s`."""
 STUCK_SHARE = 0.5
-"""Of that time, how much longer Python itself may stand still before the process is ended from outside of it."""
+"""If the watchdog's own thread cannot run, the process is ended this share of `timeout_s` later than otherwise."""
 
 
 class Watchdog:
-    """Within its `with` block, ends this process when `beat` was not called for `timeout_s` seconds; 0 never does.
+    """Context manager: kills this process when `beat` was not called for `timeout_s` seconds; with 0 it never does.
 
-    `tell(stacks)` is given the stacks of all threads before. Code that holds Python's lock keeps this thread from
-    looking: then the stacks go to standard error and the process exits with code 1.
+    First it calls `save_stacks(stacks)` with the stacks of all threads. If code that holds Python's global lock keeps
+    the watchdog's thread from running, faulthandler writes the stacks to standard error and exits with code 1 instead.
     """
 
-    def __init__(self, timeout_s: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, timeout_s: float, save_stacks: Callable[[str], None]) -> None:
         self._timeout_s = timeout_s
-        self._tell = tell
+        self._save_stacks = save_stacks
         self._last = time.monotonic()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def beat(self) -> None:
-        """Say that there is progress."""
+        """Record that the process makes progress."""
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -48,16 +48,16 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         if self._timeout_s:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._timeout_s / LOOKS):
+        while not self._stopped.wait(self._timeout_s / CHECKS):
             faulthandler.dump_traceback_later(self._timeout_s * (1 + STUCK_SHARE), exit=True, file=STANDARD_ERROR)
             if time.monotonic() - self._last > self._timeout_s:
-                self._tell(stacks())
+                self._save_stacks(stacks())
                 os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""What runs on every worker of Ray Train: pull the shard, wrap in DDP, train, report, checkpoint, resume."""
+"""The training loop of every Ray Train worker: pull the shard, wrap in DDP, train, report, save, resume."""
 
 import time
 from collections.abc import Callable
@@ -15,104 +15,105 @@ from fashion.cluster.connection import quieten
 from fashion.config import TrainConfig
 from fashion.distributed.callbacks import StepCounter
 from fashion.distributed.ddp import wrap_in_ddp
-from fashion.distributed.ingest import open_rows
-from fashion.distributed.lean_trainer import reclaim_announced
+from fashion.distributed.ingest import open_shards
+from fashion.distributed.lean_trainer import preemption_notice
 from fashion.distributed.watchdog import Watchdog
 from fashion.storage import Storage, open_storage
-from fashion.training import run as fit
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer, progress_of
+from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, peak_memory_bytes, prepare_process
 
-# Besides that of the best epoch: one may turn out damaged, and the one before it costs less than the run.
+# Newest checkpoints that are kept, besides that of the best epoch: if the newest one is damaged, the run resumes from
+# the one before it.
 CHECKPOINTS_TO_KEEP = 2
 STACKS_FOLDER = "stacks"
-# Ranks hang together, but they notice it within a look of each other.
+# When one rank hangs, all do. Each waits this long for the others to write their stacks as well, before it ends.
 SECONDS_FOR_OTHERS = 10.0
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train one run to its end on this rank; return what only the workers know.
+    """Train one run to its end on this rank; return its history, its outcome, and `TrainingRun.process_columns`.
 
-    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `cuts` and
-    `tables` (references to the pieces between the cuts), `show_bar`, `storage` and `folder` (where its checkpoints
+    `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `bounds`
+    and `blocks` (see `data.shards`; blocks as references), `show_bar`, `storage` and `folder` (where its checkpoints
     are), `faults` (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty
-    string. A trial that goes on from a checkpoint reports its earlier epochs anew, for the search to judge them.
-    Reports once per epoch from every rank.
+    string. A trial that resumes from a checkpoint reports its earlier epochs again, for the scheduler to judge them.
+    Every rank reports once per epoch.
     """
-    prepare_process(settings["threads"])
+    prepare_worker(settings["threads"])
     storage, folder, faults = open_storage(settings["storage"]), tuple(settings["folder"]), settings["faults"]
-    with Watchdog(faults["hang_timeout_s"], lambda stacks: leave_stacks(storage, folder, stacks)) as watchdog:
+    with Watchdog(faults["hang_timeout_s"], lambda stacks: write_stacks(storage, folder, stacks)) as watchdog:
         run = start_run(settings)
         manager = CheckpointManager(storage, folder, CHECKPOINTS_TO_KEEP)
         resumed_from, notes = restore_newest(run, manager)
         if settings["trial"]:
-            note_placement_group(settings["trial"])
+            publish_placement_group(settings["trial"])
             for metrics in run.history:
-                ray.train.report(run.facts() | metrics)
+                ray.train.report(run.process_columns() | metrics)
         diverged = None
         try:
             train(run, manager, settings, watchdog, notes)
         except sync.Diverged as error:
-            # All ranks are here. It is a result and no accident: another try from the last checkpoint would end alike.
+            # All ranks raise this together. It is a result: another try from the last checkpoint would diverge as well.
             diverged = str(error)
         manager.wait()
-        return run.facts() | {
+        return run.process_columns() | {
             "history": run.history,
             "diverged": diverged,
-            "peak_memory_bytes": int(sync.largest(fit.peak_memory_bytes(), run.rank.device)),
+            "peak_memory_bytes": int(sync.largest(peak_memory_bytes(), run.rank.device)),
             "resumed_from": resumed_from,
         }
 
 
 def train(
-    run: fit.TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
+    run: TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
 ) -> None:
-    """Train what remains of `run`: save it when that is due, report each epoch. `notes` go with the first report."""
+    """Train the rest of `run`: save it when that is due, and report each epoch. The first report includes `notes`."""
     timer = CheckpointTimer(settings["faults"]["checkpoint_every_s"])
     publish_step = step_publisher(settings, run)
-    answered = reclaim_announced()
+    answered = preemption_notice()  # the last notice after which the run was saved
     for progress in run.train():
         watchdog.beat()
         publish_step(progress.epoch, progress.step)
         if progress.is_sync_point:
             is_due = run.rank.rank == 0 and timer.is_due(progress.seconds_without_sync + manager.seconds)
-            saves = run.synchronise(wants_save=is_due or reclaim_announced() != answered)
+            saves = run.synchronise(wants_save=is_due or preemption_notice() != answered)
         else:
             saves = progress.metrics is not None
         if saves:
-            answered = reclaim_announced()
+            answered = preemption_notice()
             if run.rank.rank == 0:
                 manager.save(run)
             timer.restart()
         if progress.metrics is not None:
-            manager.wait()  # what is reported stays done, whatever comes
-            ray.train.report(run.facts() | progress.metrics | {"notes": notes})
+            manager.wait()  # an epoch is reported only after its checkpoint is written, so that no crash can undo it
+            ray.train.report(run.process_columns() | progress.metrics | {"notes": notes})
             notes = []
 
 
-def step_publisher(settings: dict[str, Any], run: fit.TrainingRun) -> Callable[[int, int], None]:
-    """Return what publishes each step for the progress bar, on rank 0 and if there is one; else it does nothing."""
+def step_publisher(settings: dict[str, Any], run: TrainingRun) -> Callable[[int, int], None]:
+    """Return a function of (epoch, step) that publishes the step for the progress bar, if there is one, from rank 0."""
     if settings["show_bar"] and run.rank.rank == 0:
         return StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
     return lambda epoch, step: None
 
 
-def leave_stacks(storage: Storage, folder: tuple[str, ...], stacks: str) -> None:
-    """Write down where this rank hangs, then wait a little: the first to end takes the others with it."""
+def write_stacks(storage: Storage, folder: tuple[str, ...], stacks: str) -> None:
+    """Write the stacks of this hanging rank to a file; then wait, since the first rank to end stops the others."""
     context = ray.train.get_context()
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-rank-{context.get_world_rank():04d}.txt"
     storage.write_bytes(stacks.encode(), *folder, STACKS_FOLDER, name)
     time.sleep(SECONDS_FOR_OTHERS)
 
 
-def prepare_process(threads: int) -> None:
-    """Set up a process that trains: its output, its memory, and `threads` of computation."""
+def prepare_worker(threads: int) -> None:
+    """Set up a process that trains: silence Ray, keep freed memory, and compute with `threads` threads."""
     quieten()
-    fit.prepare_process(threads)
+    prepare_process(threads)
 
 
-def note_placement_group(trial: str) -> None:
-    """Leave a note of where a trial's workers live: see `trial.remove_workers`."""
+def publish_placement_group(trial: str) -> None:
+    """Publish the id of the placement group of a trial's workers, for `trial.remove_workers`."""
     group = ray.util.get_current_placement_group()
     assert group is not None, "Ray Train puts its workers into a placement group"
     _internal_kv_put(placement_key(trial), group.id.binary(), overwrite=True)
@@ -123,20 +124,21 @@ def placement_key(trial: str) -> bytes:
     return f"fashion/placement/{trial}".encode()
 
 
-def start_run(settings: dict[str, Any], wrap: fit.WrapModel = wrap_in_ddp) -> fit.TrainingRun:
-    """Return the run at its very start, this rank's rows pulled and the network under DDP, or as `wrap` has it."""
+def start_run(settings: dict[str, Any], wrap: WrapModel = wrap_in_ddp) -> TrainingRun:
+    """Return a new run on this rank, with its rows pulled; `wrap` puts the network under DDP by default."""
     config = TrainConfig.from_dict(settings["config"])
     context = ray.train.get_context()
-    rank = fit.Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    rows = open_rows(config, settings, rank)
-    check_equal_steps(config, rows, rank)
-    return fit.TrainingRun(config, rows, rank, wrap)
+    rank = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    shards = open_shards(config, settings, rank)
+    check_equal_steps(config, shards, rank)
+    return TrainingRun(config, shards, rank, wrap)
 
 
-def restore_newest(run: fit.TrainingRun, manager: CheckpointManager) -> tuple[int | None, list[str]]:
-    """Continue from the newest checkpoint that is whole; return the epoch that it was made in or after, and notes.
+def restore_newest(run: TrainingRun, manager: CheckpointManager) -> tuple[int | None, list[str]]:
+    """Restore the newest intact checkpoint on all ranks; return its complete epochs and lines for the console.
 
-    Rank 0 chooses for all; damaged ones that are newer go, for the run takes another course from there.
+    Returns None in place of the epochs if no checkpoint is intact. Rank 0 chooses for all ranks, and removes newer
+    checkpoints, which are damaged.
     """
     chosen: list[Any] = [None]
     notes: list[str] = []
@@ -153,9 +155,9 @@ def restore_newest(run: fit.TrainingRun, manager: CheckpointManager) -> tuple[in
     return run.epochs_done, [*notes, f"goes on from checkpoint {chosen[0]}"]
 
 
-def check_equal_steps(config: TrainConfig, rows: fit.Shards, rank: fit.Rank) -> None:
-    """Make sure that all ranks take the same number of steps: with unequal ones DDP would wait for ever at the end."""
-    steps = config.steps_per_epoch(rows.num_train_rows)
+def check_equal_steps(config: TrainConfig, shards: Shards, rank: Rank) -> None:
+    """Assert that all ranks take equally many steps per epoch: otherwise DDP would wait for ever at its end."""
+    steps = config.steps_per_epoch(shards.num_train_rows)
     most, fewest = sync.largest(steps, rank.device), -sync.largest(-steps, rank.device)
     assert most == fewest, ("ranks would take unequal numbers of steps", fewest, most)
     assert config.global_batch_size % rank.world_size == 0, (config.global_batch_size, rank.world_size)

@@ -63,7 +63,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that Tune does not start again after a crash."""
         # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
-        self._end(trial_name(trial), "error", trainer.brief(Path(trial.error_file).read_text()))
+        self._end(trial_name(trial), "error", trainer.summarise_error(Path(trial.error_file).read_text()))
 
     def _end(self, name: str, status: str, error: str | None) -> None:
         self._store.end(name, status, error)

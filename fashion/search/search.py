@@ -183,7 +183,7 @@ def run_trials(spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]]
         ),
     )
     try:
-        trainer.in_a_thread(tuner.fit)
+        trainer.run_in_thread(tuner.fit)
     finally:
         for trial in store.unfinished():
             remove_workers(search_id, trial.trial_id)
@@ -244,11 +244,14 @@ def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
         use_gpu="yes" if spec.plan.trial.use_gpu else "no",
     )
     run_id = f"{spec.search_id}-refit"
-    options = trainer.RunOptions(
+    run = trainer.RunSpec(
+        run_id,
+        config,
+        scale,
         source=spec.options.source,
         resume=runs.find_run(spec.storage, run_id) is not None,
         kind="refit",
         search_id=spec.search_id,
         mlflow=spec.options.mlflow,
     )
-    return trainer.train(spec.storage, run_id, config, scale, options)
+    return trainer.train(spec.storage, run)

@@ -20,10 +20,10 @@ from fashion.distributed import ingest, worker
 from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
-from fashion.training import run as fit
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
 from fashion.training.metrics import Metrics
+from fashion.training.run import Rank, TrainingRun, peak_memory_bytes, without_ddp
 
 TRIAL = "trial"
 """Key of the trial's name, such as `t0003`, in its point. Tune's own trial ids change when a search is resumed."""
@@ -61,7 +61,7 @@ def report_failure(epoch: int, reason: str, message: str) -> None:
 
 def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
     """Train with one worker, in this process, without Ray Train or DDP; save checkpoints in `folder` of the storage."""
-    worker.prepare_process(shared["threads"])
+    worker.prepare_worker(shared["threads"])
     run = open_run(config, shared)
     manager = CheckpointManager(open_storage(shared["storage"]), folder, newest=1)
     latest, _ = manager.newest_whole()
@@ -85,16 +85,15 @@ def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[
         report_failure(run.epochs_done + 1, "diverged", str(error))
 
 
-def open_run(config: TrainConfig, shared: dict[str, Any]) -> fit.TrainingRun:
+def open_run(config: TrainConfig, shared: dict[str, Any]) -> TrainingRun:
     """Return the run before its first step, its rows pulled from the object store."""
-    rank = fit.Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
-    rows = ingest.open_rows(config, shared, rank)
-    return fit.TrainingRun(config, rows, rank, fit.alone)
+    rank = Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
+    return TrainingRun(config, ingest.open_shards(config, shared, rank), rank, without_ddp)
 
 
-def report(run: fit.TrainingRun, metrics: Metrics) -> None:
+def report(run: TrainingRun, metrics: Metrics) -> None:
     """Report an epoch to Tune and wait for the scheduler's decision; does not return if that is to stop the trial."""
-    ray.tune.report(run.facts() | metrics | {"peak_memory_bytes": fit.peak_memory_bytes()})
+    ray.tune.report(run.process_columns() | metrics | {"peak_memory_bytes": peak_memory_bytes()})
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:

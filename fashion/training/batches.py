@@ -1,4 +1,4 @@
-"""Batches of one rank: the order of an epoch, augmentation, and plain batches for evaluation."""
+"""One rank's batches: shuffled and augmented for training, in order for evaluation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ ERASED_RATIO = (0.3, 1 / 0.3)
 
 
 def stream_seed(*key: int) -> int:
-    """Turn a key such as (seed, epoch, rank, purpose) into a 63-bit seed; other keys give independent streams."""
+    """Return a 63-bit seed for a key such as (seed, epoch, rank, purpose); different keys give independent streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def augment(images: Tensor, flips: Tensor | None, shift: int, generator: torch.Generator) -> Tensor:
-    """Flip and shift `images` (B, 1, 28, 28) uint8.
+    """Return `images` (B, 1, 28, 28) uint8, mirrored where `flips` (B,) bool is set, and shifted at random.
 
-    `flips` (B,) bool says which rows to mirror; `shift` is the largest move in pixels, what moves in is background (0).
+    Each image moves by up to `shift` pixels in each direction; pixels that move in are background (0).
     """
     if flips is not None:
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
@@ -40,26 +40,26 @@ def augment(images: Tensor, flips: Tensor | None, shift: int, generator: torch.G
 
 
 def erase_rectangles(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Erase a rectangle in each of `images` (B, 1, 28, 28) uint8 with probability `share`.
+    """Return `images` (B, 1, 28, 28) uint8, in each of which a rectangle is erased with probability `share`.
 
-    Area and ratio are drawn as in `ERASED_AREA` and `ERASED_RATIO`, the ratio on a logarithmic scale, so that tall and
-    wide are equally likely; a side longer than the image ends at its border. What fits is put anywhere with equal
-    probability. It is filled with random values, the fill that the paper settles on: no constant is there for the
-    network to look for.
+    The rectangle's area is uniform within `ERASED_AREA` and its ratio log-uniform within `ERASED_RATIO`, so that tall
+    and wide ones are equally likely; a side longer than the image is clipped. Every place where the rectangle fits is
+    equally likely. It is filled with random values, the fill that the paper recommends: a network could learn to
+    recognise a constant.
     """
     rows, _, height, width = images.shape
     chance, area, ratio, down, right = torch.rand(5, rows, generator=generator)
     low, high = ERASED_AREA
     pixels = (low + (high - low) * area) * (height * width)
     stretch = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** ratio
-    tall = (pixels * stretch).sqrt().round().clamp(1, height) * (chance < share)  # without height nothing is erased
+    tall = (pixels * stretch).sqrt().round().clamp(1, height) * (chance < share)  # a height of 0 erases nothing
     wide = (pixels / stretch).sqrt().round().clamp(1, width)
     top, left = (down * (height - tall + 1)).floor(), (right * (width - wide + 1)).floor()
     top, left, tall, wide = torch.stack([top, left, tall, wide]).to(images.device).view(4, rows, 1)
     row, column = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows, in_columns = (top <= row) & (row < top + tall), (left <= column) & (column < left + wide)
     inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1)
-    # Eight pixels a draw.
+    # Each int64 drawn makes eight pixels.
     noise = torch.empty(-(-images.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     fill = noise.view(torch.uint8)[: images.numel()].view(images.shape).to(images.device)
     return torch.where(inside, fill, images)
@@ -67,27 +67,31 @@ def erase_rectangles(images: Tensor, share: float, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images: `flip` none, random or alternating; `shift` in pixels; the share to `erase`."""
+    """How to augment training images.
+
+    `flip` is none, random or alternating; `shift` the largest shift in pixels; `erase` the probability, 0..1, with
+    which a rectangle of an image is erased.
+    """
 
     flip: str = "none"
     shift: int = 0
     erase: float = 0.0
 
     def apply(self, images: Tensor, row: Tensor, *, seed: int, epoch: int, generator: torch.Generator) -> Tensor:
-        """Return augmented `images` (B, 1, 28, 28); `row` (B,) are their positions in the shard.
+        """Return augmented `images` (B, 1, 28, 28) uint8; `row` (B,) int64 holds their row numbers in the shard.
 
-        An alternating flip draws a coin per row once and turns it every epoch, so that two epochs show both views
+        An alternating flip tosses a coin per row once and turns it over every epoch, so that two epochs show both views
         (Jordan 2024, arXiv 2404.00498).
         """
         flips = None
         if self.flip == "random":
             flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
         elif self.flip == "alternating":
-            # A multiplicative hash of the row: a coin per row that needs no table.
+            # Knuth's multiplicative hash of the row number tosses the coin, so no table of coins is needed.
             coin = ((row + seed) * 2654435761 >> 16) & 1
             flips = ((coin + epoch) % 2 == 1).to(images.device)
         images = augment(images, flips, self.shift, generator)
-        # What moves in is erased as well as the rest; without erasing nothing more is drawn.
+        # Erased last, so that a rectangle may cover what moved in. With `erase` 0, nothing more is drawn.
         return erase_rectangles(images, self.erase, generator) if self.erase else images
 
 
@@ -102,9 +106,9 @@ def shuffled_batches(
     epoch: int,
     rank: int,
 ) -> Iterator[Batch]:
-    """Yield `num_steps` augmented batches of `batch_size` rows in the order of (seed, epoch, rank).
+    """Yield `num_steps` augmented batches of `batch_size` rows, in an order given by (seed, epoch, rank).
 
-    `images` (N, 1, 28, 28) uint8 and `labels` (N,) int64 are this rank's shard. Every row comes at most once.
+    `images` (N, 1, 28, 28) uint8 and `labels` (N,) int64 are this rank's shard. Every row occurs at most once.
     """
     assert num_steps * batch_size <= len(labels), (num_steps, batch_size, len(labels))
     generator = torch.Generator().manual_seed(stream_seed(seed, epoch, rank, 0))
@@ -116,6 +120,6 @@ def shuffled_batches(
 
 
 def plain_batches(images: Tensor, labels: Tensor, batch_size: int) -> Iterator[Batch]:
-    """Yield all rows in order, the last batch shorter."""
+    """Yield all rows in order, in batches of `batch_size`; the last one may be smaller."""
     for start in range(0, len(labels), batch_size):
         yield images[start : start + batch_size], labels[start : start + batch_size]

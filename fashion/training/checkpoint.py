@@ -1,6 +1,7 @@
-"""Checkpoint folders: safetensors weights, weights-only optimizer state, progress as JSON, and a manifest of sums.
+"""The files of a checkpoint: safetensors weights, the optimizer's state, progress as JSON, a manifest of SHA-256 sums.
 
-Nothing here unpickles what it is handed, and nothing is believed before its sum is checked.
+No file is used before its sum is checked. The optimizer's state is read with `weights_only`, after a check that its
+pickle names nothing but tensors: reading a checkpoint never runs code from it.
 """
 
 import hashlib
@@ -17,33 +18,36 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fashion.config import parse_object, printable, require
-from fashion.training.optimizer import kept_names
+from fashion.training.optimizer import state_names
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
+"""Files that every checkpoint has, besides the manifest."""
 TRAINED = "trained.safetensors"
-"""Where `WEIGHTS` are those of a moving average: the weights that the optimizer goes on from."""
+"""A further file of a run with `ema_decay`: the weights that the optimizer updates. `WEIGHTS` holds their average."""
 GLOBALS = {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
-"""What an optimizer's state names. torch would call more, such as `bytearray`: twenty bytes that take any memory."""
+"""Everything that the pickle of an optimizer's state refers to. torch would allow more, such as `bytearray`, with which
+twenty bytes can allocate any amount of memory.
+"""
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A checkpoint folder whose files are missing, differ from their sums, or hold what this run cannot use."""
+    """A checkpoint whose files are missing, differ from their sums, or have content that this run cannot use."""
 
 
 class OtherVersion(RuntimeError):
-    """A whole checkpoint that other code than this wrote, in a form of its own."""
+    """An undamaged checkpoint in a format that this code does not read."""
 
 
 def encode(
     model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], trained: nn.Module | None = None
 ) -> dict[str, bytes]:
-    """Return a checkpoint as files, name -> content. The manifest comes last: without it, a folder is no checkpoint.
+    """Return a checkpoint's files, name -> content. The manifest is the last one: a folder without it is no checkpoint.
 
-    `model` is what the checkpoint is evaluated by, `trained` what `optimizer` moves, where that is another one.
+    `model` is the network to evaluate. `trained` is the network that `optimizer` updates, if that is another one.
     """
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
@@ -53,17 +57,17 @@ def encode(
 
 
 def encode_weights(model: nn.Module) -> bytes:
-    """Return all that `model` saves, as safetensors."""
+    """Return the state dict of `model` as the content of a safetensors file."""
     return save_safetensors({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()})
 
 
 def manifest_of(files: dict[str, bytes]) -> str:
-    """Return the manifest's text: file name -> SHA-256 of its content."""
+    """Return the manifest as JSON: file name -> SHA-256 of its content."""
     return json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 
 
 def verified(name: str, manifest: bytes, data: bytes) -> bytes:
-    """Return `data` if its sum is the one that `manifest` gives for the file `name`; else raise `DamagedCheckpoint`."""
+    """Return `data` if its SHA-256 is that of the file `name` in `manifest`; else raise `DamagedCheckpoint`."""
     try:
         expected: Any = parse_object(manifest)[name]
     except (ValueError, KeyError) as error:
@@ -77,24 +81,25 @@ def load_weights(data: bytes, name: str = WEIGHTS) -> dict[str, Tensor]:
     """Parse the content of the safetensors file `name` into a state dict on the CPU. Raises `DamagedCheckpoint`."""
     try:
         return load_safetensors(data)
-    except Exception as error:  # its own kind, and whatever torch says of types and shapes
+    except Exception as error:  # safetensors raises its own kind, torch others for wrong types and shapes
         raise damaged(name, error) from error
 
 
 def fitting_weights(data: bytes, model: nn.Module, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Parse weights as `model` takes them; raises `DamagedCheckpoint` if names, shapes or types are not its own."""
+    """Parse weights for `model`; raises `DamagedCheckpoint` unless names, shapes and dtypes are those of `model`."""
     weights, own = load_weights(data, name), model.state_dict()
-    found, expected = ({key: (each.shape, each.dtype) for key, each in side.items()} for side in (weights, own))
-    if found != expected:
-        wrong = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        raise damaged(name, f"{wrong[0]} is {found.get(wrong[0])}, the network has {expected.get(wrong[0])}")
+    parsed, expected = ({key: (each.shape, each.dtype) for key, each in side.items()} for side in (weights, own))
+    if parsed != expected:
+        wrong = sorted(key for key in {*parsed, *expected} if parsed.get(key) != expected.get(key))
+        raise damaged(name, f"{wrong[0]} is {parsed.get(wrong[0])}, the network has {expected.get(wrong[0])}")
     return weights
 
 
 def load_state(data: bytes) -> Any:
-    """Parse what `torch.save` made of an optimizer's state. Raises `DamagedCheckpoint`; nothing in `data` is called.
+    """Parse an optimizer's state dict as `torch.save` wrote it. Raises `DamagedCheckpoint`; runs no code from `data`.
 
-    What is compressed, or names more than `GLOBALS`, is refused before torch reads it: memory stays near the file's.
+    Refuses files that are compressed, or that refer to more than `GLOBALS`, before torch reads them; so this needs
+    little more memory than the file's size.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -106,19 +111,20 @@ def load_state(data: bytes) -> Any:
                 called = "GLOBAL" in operation.name or operation.name == "INST"
                 require(not called or argument in GLOBALS, f"it names {argument}")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader of zip files, of pickles, or torch stumbles over
+    except Exception as error:  # the readers of zip files and pickles, and torch, raise errors of many kinds
         raise damaged(OPTIMIZER, error) from error
 
 
 def fitting_state(data: bytes, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Parse a state that `optimizer` can step on; raises `DamagedCheckpoint` if it holds anything else.
+    """Parse a state dict that `optimizer` can load and step with; raises `DamagedCheckpoint` for any other.
 
-    The settings of its groups stay: they follow from the run's, and the learning rate is set before every step.
+    The settings of the parameter groups are those of `optimizer`, not the stored ones: they follow from the run's
+    settings, and the learning rate is set before every step.
     """
     stored, own = load_state(data), optimizer.state_dict()
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    kept = [
-        names for group, names in zip(own["param_groups"], kept_names(optimizer), strict=True) for _ in group["params"]
+    expected = [
+        names for group, names in zip(own["param_groups"], state_names(optimizer), strict=True) for _ in group["params"]
     ]
     state: dict[int, dict[str, Tensor]] = {}
     try:
@@ -126,14 +132,14 @@ def fitting_state(data: bytes, optimizer: torch.optim.Optimizer) -> dict[str, An
         require(groups == own_groups, "its groups are another optimizer's")
         for index, values in stored["state"].items():
             require(type(index) is int and 0 <= index < len(parameters), "it knows more parameters")
-            require(set(values) == set(kept[index]), "it is another optimizer's")
+            require(set(values) == set(expected[index]), "it is another optimizer's")
             state[index] = {}
             for name, value in values.items():
-                like = parameters[index].detach() if kept[index][name] else torch.zeros(())
+                like = parameters[index].detach() if expected[index][name] else torch.zeros(())
                 require((value.shape, value.dtype) == (like.shape, torch.float32), "it has other shapes")
-                # A copy: what is loaded may be one number that claims to be a whole tensor.
+                # A copy with storage of its own: the loaded tensor may be a single number with strides of 0.
                 state[index][name] = torch.empty_like(like, device="cpu").copy_(value.detach())
-    except Exception as error:  # any value may be of any type
+    except Exception as error:  # every stored value may be of any type
         raise damaged(OPTIMIZER, error) from error
     return own | {"state": state}
 
@@ -146,7 +152,10 @@ def damaged(name: str, reason: object) -> DamagedCheckpoint:
 
 
 def check(read_file: Callable[[str], bytes]) -> None:
-    """Read all files of a checkpoint and raise `DamagedCheckpoint` unless they are whole."""
+    """Read all files of a checkpoint; raise `DamagedCheckpoint` if one is missing or differs from its sum.
+
+    `read_file(name)` returns a file's content.
+    """
     manifest = read_file(MANIFEST)
     for name in FILES:
         verified(name, manifest, read_file(name))
@@ -158,13 +167,13 @@ def restore(
     read_file: Callable[[str], bytes],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    look_at: Callable[[dict[str, Any]], None],
+    check_progress: Callable[[dict[str, Any]], None],
     trained: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Restore what `encode` was given from verified files, and return the progress.
+    """Restore `model`, `optimizer` and `trained` from the files that `encode` returned; return the progress.
 
-    `read_file(name)` gives a file's content; `look_at(progress)` raises if the run cannot go on from there. Raises
-    `DamagedCheckpoint`; nothing is changed then.
+    `read_file(name)` returns a file's content; `check_progress(progress)` raises if the run cannot resume from there.
+    Raises `DamagedCheckpoint`, and then has changed nothing.
     """
     manifest = read_file(MANIFEST)
     weights_file, optimizer_file, progress_file = (verified(name, manifest, read_file(name)) for name in FILES)
@@ -175,7 +184,7 @@ def restore(
         progress = parse_object(progress_file)
     except ValueError as error:
         raise damaged(PROGRESS, error) from error
-    look_at(progress)
+    check_progress(progress)
     weights = [fitting_weights(content, network, name) for name, content, network in networks]
     state = fitting_state(optimizer_file, optimizer)
     for (_, _, network), tensors in zip(networks, weights, strict=True):

@@ -1,7 +1,7 @@
-"""The checkpoints of one run in the storage: which there are, which is whole, which are kept. Knows torch, not Ray.
+"""The checkpoints of one run in the storage: list them, find the newest intact one, write new ones, remove old ones.
 
-A folder is named by how far the run was, and every file in it has its sum in the manifest, which is written last: what
-a kill, a full disk or a bad disk leaves is told from a checkpoint before anything of it is believed.
+Imports torch, not Ray. A checkpoint is a folder named by epoch and step. Its manifest, written last, holds the sums of
+all other files, so that what a crash, a full disk or a bad disk leaves behind is never taken for a checkpoint.
 """
 
 import re
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from fashion.storage import Storage
 from fashion.training import checkpoint
-from fashion.training import run as fit
 from fashion.training.checkpoint import DamagedCheckpoint
 from fashion.training.metrics import best_epoch
+from fashion.training.run import TrainingRun
 
 NAME = re.compile(r"epoch-(\d{4,9})(?:-step-(\d{6,9}))?")
 
 Place = tuple[int, int]
-"""Epochs done, and steps done of the next one: the order of checkpoints."""
+"""Epochs done, and steps done of the next epoch: checkpoints are ordered by this."""
 
 
 def name_of(epochs_done: int, step: int = 0) -> str:
@@ -27,7 +27,7 @@ def name_of(epochs_done: int, step: int = 0) -> str:
 
 
 def progress_of(name: str) -> Place | None:
-    """Return how far a run was, from the name of a checkpoint; None for the name of anything else."""
+    """Return how far a run was at the checkpoint `name`; None if `name` is not that of a checkpoint."""
     match = NAME.fullmatch(name)
     if match is None:
         return None
@@ -36,28 +36,34 @@ def progress_of(name: str) -> Place | None:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints, beside its training, and keeps the `newest` of them and the best.
+    """Writes a run's checkpoints in a background thread, and keeps the best one and the `newest` ones.
 
-    One process writes; any may read. A checkpoint goes only when a newer one is whole.
+    One process writes; any process may read. An old checkpoint is removed only after a newer one is written.
     """
 
     def __init__(self, storage: Storage, folder: tuple[str, ...], newest: int) -> None:
-        """Keep them in `folder`, the parts of a path below the root of `storage`."""
+        """Manage the checkpoints in `folder`, given as the parts of a path below the root of `storage`.
+
+        Keeps `newest` checkpoints besides that of the best epoch.
+        """
         self._storage = storage
         self._folder = folder
         self._newest = newest
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
         self.seconds = 0.0
-        """How long the latest checkpoint took to write."""
+        """Seconds that the latest checkpoint took to write."""
 
     def names(self) -> list[str]:
-        """Return the checkpoints that there are, whole or not, the oldest first."""
-        found = {name: progress_of(name) for name in self._storage.list(*self._folder)}
-        return sorted((name for name, place in found.items() if place), key=lambda name: found[name] or (0, 0))
+        """Return the names of all checkpoints, intact or not, oldest first."""
+        places = {name: progress_of(name) for name in self._storage.list(*self._folder)}
+        return sorted((name for name, place in places.items() if place), key=lambda name: places[name] or (0, 0))
 
     def reader(self, name: str) -> Callable[[str], bytes]:
-        """Return `read_file` of the checkpoint `name`, as `checkpoint` and `fit.Run.restore` take it."""
+        """Return the function `read_file` of the checkpoint `name`, as `checkpoint` and `TrainingRun.restore` take it.
+
+        The function raises `DamagedCheckpoint` if the file is missing.
+        """
 
         def read_file(file: str) -> bytes:
             try:
@@ -68,7 +74,7 @@ class CheckpointManager:
         return read_file
 
     def newest_whole(self) -> tuple[str | None, list[str]]:
-        """Return the newest checkpoint that is whole, None if there is none, and a line for each damaged newer one."""
+        """Return the newest intact checkpoint, or None, and a line about each newer one that is damaged."""
         notes: list[str] = []
         for name in reversed(self.names()):
             try:
@@ -83,19 +89,18 @@ class CheckpointManager:
         """Remove a checkpoint."""
         self._storage.delete_folder(*self._folder, name)
 
-    def save(self, run: fit.TrainingRun) -> None:
-        """Begin to write where `run` is, and remove what nobody will need once that is whole.
+    def save(self, run: TrainingRun) -> None:
+        """Start to write a checkpoint of `run`; when it is written, remove those that are no longer needed.
 
-        The end of its best epoch is kept whatever comes after it. Waits for the checkpoint before; raises `OSError`
-        where that one could not be written.
+        First waits for the previous checkpoint; raises `OSError` if that one could not be written.
         """
         self.wait()
-        told = (name_of(run.epochs_done, run.step), run.encode(), name_of(best_epoch(run.history)))
-        self._writing = threading.Thread(target=self._save, args=told, daemon=True)
+        arguments = (name_of(run.epochs_done, run.step), run.encode(), name_of(best_epoch(run.history)))
+        self._writing = threading.Thread(target=self._save, args=arguments, daemon=True)
         self._writing.start()
 
     def wait(self) -> None:
-        """Wait until what was begun is written. Raises `OSError` where it could not be."""
+        """Wait until the checkpoint in progress, if any, is written. Raises `OSError` if it could not be."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -106,7 +111,7 @@ class CheckpointManager:
     def _save(self, name: str, files: dict[str, bytes], best: str) -> None:
         started = time.monotonic()
         try:
-            # Of an earlier life of the run, torn or of another course: a mixture of both would be neither.
+            # A folder of this name, left from before the run was resumed, must not mix its files with the new ones.
             self.remove(name)
             for file, content in files.items():
                 self._storage.write_bytes(content, *self._folder, name, file)
@@ -115,14 +120,15 @@ class CheckpointManager:
             for old in self.names():
                 if old not in kept:
                     self.remove(old)
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # raised again by `wait`
             self._error = error
 
 
 class CheckpointTimer:
-    """Tells when a run is due to be saved, so that no kill costs more than `every_s` seconds; one process asks.
+    """Decides when to write the next checkpoint, so that a crash loses at most `every_s` seconds of work.
 
-    A checkpoint counts from the moment whose state it holds, and only once it is written.
+    Only rank 0 asks. A crash while a checkpoint is being written loses the work since the previous one, so the time
+    that writing takes counts as well.
     """
 
     def __init__(self, every_s: float) -> None:
@@ -130,11 +136,14 @@ class CheckpointTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Say that the run is saved now."""
-        self._saved = self._looked = time.monotonic()
+        """Start counting from now, when a checkpoint of the present state is made."""
+        self._saved = self._asked = time.monotonic()
 
     def is_due(self, seconds_to_write: float) -> bool:
-        """Tell whether what begins to be written at the next look, as far away as the last one, would be too late."""
+        """Return whether a checkpoint must be made now, because one made at the next call would be written too late.
+
+        Expects the next call after as many seconds as lie between the last call and this one.
+        """
         now = time.monotonic()
-        between, self._looked = now - self._looked, now
+        between, self._asked = now - self._asked, now
         return now + between + seconds_to_write - self._saved >= self._every_s

@@ -1,4 +1,4 @@
-"""The moving average of a network's weights, which is evaluated in their place. Knows torch alone."""
+"""The exponential moving average (EMA) of a network's weights, which is evaluated in place of the weights."""
 
 import copy
 from typing import TypeVar
@@ -10,34 +10,34 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def start_ema(model: Network) -> Network:
-    """Return what `update_ema` moves: at the start the weights of `model`, on its device, and no optimizer's.
+    """Return a copy of `model` for `update_ema`, on the same device, with weights that take no gradients.
 
-    Buffers are those of `model` itself: the average has the network's running statistics of batch normalisation, as
-    torch's `AveragedModel` has them by default. They are moving averages already, and averaged once more they would be
-    a further state that differs between ranks within an epoch. They fit the better the slower the weights move, that
-    is best at the end of a one-cycle schedule.
+    The copy shares the buffers of `model`: it uses the network's running statistics of batch normalisation, as torch's
+    `AveragedModel` does by default. They are moving averages already; averaged once more, they would be further state
+    that differs between ranks within an epoch. They fit the average better the less the weights change, so best at the
+    end of a one-cycle schedule.
     """
     own = {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, own).requires_grad_(False)
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """Return the share of the average that stays at `step`, counted from 1 over the whole run; at most `decay`.
+    """Return the decay after `step`, counted from 1 over the whole run: (1 + step) / (10 + step), at most `decay`.
 
-    (1 + step) / (10 + step) as long as that is less: the average then reaches back over about a tenth of the steps so
-    far, and the weights of the start, which are junk, are soon gone; with `decay` alone they would weigh decay^step.
-    The formula is that of TensorFlow's `ExponentialMovingAverage` with `num_updates`. It needs the step alone, so a
-    resumed run has no further state to restore.
+    Early in a run the average then covers about a tenth of the steps so far, and soon forgets the initial weights,
+    which are random; with `decay` alone they would keep a weight of decay^step. The formula is that of TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`. It depends on the step alone, so a resumed run restores no further
+    state.
     """
     return min(decay, (1.0 + step) / (10.0 + step))
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move `average` towards `model` after the update `step`: average * d + model * (1 - d) with d of `decay_at`.
+    """Update `average`, in place, after `step`: average = average * d + model * (1 - d), where d is `ema_decay_at`.
 
-    In place, all tensors in one call. Ranks have the same weights after a step, so they get the same average, and
-    nothing is exchanged. torch's `AveragedModel` would copy its count of steps from a GPU in each of them.
+    Ranks have the same weights after a step, so they compute the same average without exchanging anything. torch's
+    `AveragedModel` is not used: it would copy its count of steps from the GPU in every step.
     """
     share = 1.0 - ema_decay_at(step, decay)
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)

@@ -1,7 +1,7 @@
-"""One epoch of training and one evaluation over any batches; metrics as sums. Knows torch, not Ray, files or presets.
+"""A training step, the record of an epoch, and an evaluation. Imports torch, neither Ray nor files nor presets.
 
-Under DDP every rank calls these functions with equally many training batches; sums are reduced over the ranks, so all
-ranks return the same numbers.
+Under DDP every rank takes equally many training steps; sums are reduced over the ranks, so all ranks get the same
+figures.
 """
 
 import os
@@ -22,7 +22,7 @@ from fashion.training.sync import START, EpochState, SyncPoints, largest, own_st
 
 @dataclass(frozen=True)
 class ClassificationSums:
-    """Sums over rows, reduced over all ranks. Dividing once, here, is exact for ragged batches and shards."""
+    """Sums over rows. Dividing them once, here, gives exact means for batches and shards of unequal sizes."""
 
     loss_sum: float
     """Nats, without label smoothing."""
@@ -41,13 +41,14 @@ class ClassificationSums:
 
 
 class SumMeter:
-    """Accumulates loss, hits and rows on the device, without synchronising with it."""
+    """Sums up loss, correct predictions and rows on the device, without waiting for it."""
 
-    def __init__(self, device: torch.device, begin: EpochState = START) -> None:
-        # Loss in float64: a float32 sum over 60,000 rows loses the digits that reports compare.
-        self._loss = torch.full((), begin.loss_sum, dtype=torch.float64, device=device)
-        self._correct = torch.full((), begin.num_correct, dtype=torch.int64, device=device)
-        self._rows = begin.num_rows
+    def __init__(self, device: torch.device, start: EpochState = START) -> None:
+        """Start with the sums of `start`."""
+        # float64, since a float32 sum over 60,000 rows loses digits that reports compare.
+        self._loss = torch.full((), start.loss_sum, dtype=torch.float64, device=device)
+        self._correct = torch.full((), start.num_correct, dtype=torch.int64, device=device)
+        self._rows = start.num_rows
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: `loss_sum` () nats, `logits` (B, 10), `labels` (B,)."""
@@ -69,19 +70,19 @@ class SumMeter:
 
 
 AUTO_PRECISION = "FASHION_AUTO_PRECISION"
-"""Environment variable: fp32 or bf16, what precision auto resolves to, in place of what the hardware has."""
+"""Environment variable, fp32 or bf16: what precision auto resolves to, whatever the hardware has."""
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Tell whether `device` has bf16 in hardware: CUDA capability >= 8.0; avx512_bf16 or amx_bf16 on a CPU.
+    """Return whether `device` has bf16 in hardware: CUDA capability >= 8.0; avx512_bf16 or amx_bf16 on a CPU.
 
     The environment variable `AUTO_PRECISION` overrides the hardware, so that one machine can compute as another one
-    would. Raises `UserError` if it is set to anything but fp32 or bf16.
+    would. Raises `UserError` if the variable is set to anything but fp32 or bf16.
     """
-    named = os.environ.get(AUTO_PRECISION, "")
-    require(named in ("", "fp32", "bf16"), f"{AUTO_PRECISION}={named} must be fp32 or bf16, or not be set")
-    if named:
-        return named == "bf16"
+    override = os.environ.get(AUTO_PRECISION, "")
+    require(override in ("", "fp32", "bf16"), f"{AUTO_PRECISION}={override} must be fp32 or bf16, or not be set")
+    if override:
+        return override == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     capabilities = torch.cpu.get_capabilities()
@@ -99,13 +100,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which the forward pass runs."""
+    """Return the context manager for a forward pass in `precision`, which is fp32 or bf16."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch of training: its sums over all ranks, this rank's time, and the slowest rank's wait for data."""
+    """One epoch of training: sums over all ranks, this rank's seconds, and the longest wait for data of any rank."""
 
     sums: ClassificationSums
     time_s: float
@@ -113,10 +114,10 @@ class EpochResult:
 
 
 class EpochRecord:
-    """What one rank keeps of an epoch in progress: steps done, sums, times, and when the ranks synchronise next."""
+    """One rank's record of an epoch in progress: steps done, sums, times, and when ranks synchronise next."""
 
     def __init__(self, epoch: int, device: torch.device, start: EpochState = START) -> None:
-        """Begin with the epoch's first step, or go on from the state `start` that a checkpoint holds."""
+        """Start with the epoch's first step, or resume at the state `start` of a checkpoint."""
         self.step = start.step
         """Steps done."""
         self._device = device
@@ -126,33 +127,36 @@ class EpochRecord:
         self._data_wait_s = start.data_wait_s
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield `batches`, adding up the seconds that they are waited for."""
+        """Yield `batches`, and add up the seconds spent waiting for them."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            before = time.perf_counter()
             batch = next(iterator, None)
-            self._data_wait_s += time.perf_counter() - asked
+            self._data_wait_s += time.perf_counter() - before
             if batch is None:
                 return
             yield batch
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float) -> None:
-        """Add a step: its `loss` () in nats, `logits` (B, 10) float32 and `labels` (B,)."""
+        """Add a step: its `loss` () in nats, `logits` (B, 10) float32 and `labels` (B,).
+
+        The sums take the loss without label smoothing, which is computed here if `loss` has it.
+        """
         self.step += 1
-        plain = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
-        self._meter.add(plain * len(labels), logits, labels)
+        unsmoothed = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
+        self._meter.add(unsmoothed * len(labels), logits, labels)
         self._sync_points.note(loss, self.step)
 
     def is_sync_point(self) -> bool:
-        """Tell whether all ranks call `synchronise` after this step."""
-        return self._sync_points.are_due(self.step)
+        """Return whether all ranks must call `synchronise` after this step."""
+        return self._sync_points.is_due_after(self.step)
 
     def synchronise(self, wants_save: bool) -> bool:
-        """Raise `Diverged` on all ranks if any saw a non-finite loss; else return whether any rank wants to save."""
-        return self._sync_points.take(self.step, wants_save)
+        """Return whether any rank wants to save; raise `Diverged` on all ranks if any rank had a non-finite loss."""
+        return self._sync_points.synchronise(self.step, wants_save)
 
     def state(self, model: nn.Module) -> EpochState:
-        """Return what this rank needs to go on from here with the same bits."""
+        """Return what this rank needs to resume here with the same bits."""
         own, spent = self._meter.own(), time.perf_counter() - self._started
         states = own_states(model, self._device)
         return EpochState(self.step, own.loss_sum, own.num_correct, own.num_rows, spent, self._data_wait_s, states)
@@ -172,9 +176,9 @@ def train_step(
     precision: str,
     label_smoothing: float,
 ) -> None:
-    """Train `model` on one batch: forward, backward, then `update()`, which moves the weights; add it to `record`.
+    """Train `model` on one batch: forward, backward, then `update()`, the optimizer's step; add the step to `record`.
 
-    Nothing waits for a GPU here.
+    Does not wait for a GPU.
     """
     images, labels = batch
     with autocast(precision, images.device):
@@ -189,9 +193,10 @@ def train_step(
 
 
 def classify(model: nn.Module, images: Tensor, *, precision: str, device: torch.device, tta: str) -> Tensor:
-    """Return float32 logits (B, 10) of `images` (B, 1, 28, 28) uint8, as every evaluation takes them.
+    """Return float32 logits (B, 10) of `images` (B, 1, 28, 28) uint8; every evaluation and prediction uses this.
 
-    With `tta` flip, the mean of those of the images and of their mirror images, at twice the cost.
+    With test-time augmentation, `tta` flip, they are the mean over the images and their mirror images, at twice the
+    cost.
     """
     views = [images, images.flip(-1)] if tta == "flip" else [images]
     with autocast(precision, device):
@@ -203,9 +208,10 @@ def classify(model: nn.Module, images: Tensor, *, precision: str, device: torch.
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, precision: str, device: torch.device, tta: str = "none"
 ) -> ClassificationSums:
-    """Return the sums of `model` (not DDP-wrapped) over this and all other ranks' batches, in evaluation mode.
+    """Evaluate `model`, which is not wrapped in DDP, on this rank's batches; return the sums over all ranks.
 
-    Ranks may have different numbers of batches, none included: nothing is exchanged before the last row.
+    Ranks may have different numbers of batches, or none: they exchange nothing before their last row. Leaves `model` in
+    evaluation mode.
     """
     model.eval()
     meter = SumMeter(device)

@@ -1,7 +1,7 @@
-"""An epoch's metrics: one dictionary per epoch, the same on all ranks, and what follows from it for the reports.
+"""An epoch's metrics: one dictionary per epoch, and what is derived from it: report rows, scores and summaries.
 
 Keys: `epoch` from 1; `train_` and, if val is held out, `val_` with `loss` (nats per row), `accuracy` (0..1) and `rows`;
-`lr`; `epoch_time_s`, `data_wait_s` (the slowest rank's) and `val_time_s`. Knows the standard library only.
+`lr`; `epoch_time_s`, `data_wait_s` (the longest of any rank) and `val_time_s`. Imports the standard library only.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import Any
 Metrics = dict[str, Any]
 
 TIMES = {"train": ("epoch_time_s", "data_wait_s"), "val": ("val_time_s", "val_wait_s")}
-"""Per split: the metrics that are its row's `epoch_time_s` and `data_wait_s`."""
+"""Per split: the metrics that become the columns `epoch_time_s` and `data_wait_s` of its rows."""
 
 
 def epoch_rows(metrics: Metrics) -> list[dict[str, Any]]:
-    """Return the rows of the `epochs` table of one epoch: train, and val if it was held out."""
+    """Return the rows of one epoch in the `epochs` table: train, and val if it is held out."""
     return [
         {
             "epoch": int(metrics["epoch"]),
@@ -35,7 +35,7 @@ def epoch_rows(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def from_rows(rows: Sequence[dict[str, Any]]) -> list[Metrics]:
-    """Return the metrics, epoch after epoch, that `epochs` rows were made from; raises `ValueError` on other rows."""
+    """Return the metrics of each epoch from the rows that `epoch_rows` made of them; raises `ValueError` on others."""
     found: dict[int, Metrics] = {}
     needed = ("epoch", "loss", "accuracy", "rows", "lr", "epoch_time_s", "data_wait_s")
     for row in rows:
@@ -56,10 +56,10 @@ def from_rows(rows: Sequence[dict[str, Any]]) -> list[Metrics]:
 
 
 def checkpoint_score(metrics: Metrics) -> float:
-    """Return what the best checkpoint has most of: val accuracy, and of equal ones the lower val loss.
+    """Return the score of an epoch's checkpoint, higher is better: val accuracy, with ties broken by lower val loss.
 
-    Accuracy, because it is what the project claims, and because val loss turns upward from overconfidence while
-    accuracy still rises; the loss term is below half a row of val and only breaks ties. Without val the last is best.
+    Accuracy, because the project reports it, and because val loss rises from overconfidence while accuracy still
+    improves. The loss counts less than half a row of val, so it breaks ties only. Without val the last epoch is best.
     """
     if "val_accuracy" not in metrics:
         return float(metrics["epoch"])
@@ -67,29 +67,29 @@ def checkpoint_score(metrics: Metrics) -> float:
 
 
 def best_epoch(history: Sequence[Metrics]) -> int:
-    """Return the number of the epoch with the best checkpoint, of equal ones the first; 0 before the first epoch."""
+    """Return the number of the epoch with the highest `checkpoint_score`, the first of equals; 0 if there is none."""
     return int(max(history, key=checkpoint_score)["epoch"]) if history else 0
 
 
 def rung_score(metrics: Metrics, judge_by: str) -> float:
-    """Return what trials are compared by at a rung, 0..1, the more the better; 0 for a trial that has no figures.
+    """Return the score by which ASHA compares trials at a rung, 0..1, higher is better; 0 without val metrics.
 
-    `judge_by` names val's accuracy, its loss, or both. The loss counts as exp(-loss), the geometric mean of the
-    probabilities that true labels are given: it orders as the loss does, but neither a loss that explodes nor a
-    diverged trial drags the percentile at which others are cut. Both, in equal parts, since at the first rung many
-    trials may have the accuracy of chance and the best one a loss above it.
+    `judge_by` is accuracy, loss or both, all of val. The loss counts as exp(-loss), the geometric mean of the
+    probabilities that the network gives to the true labels: it ranks trials as the loss does, but an exploding loss or
+    a diverged trial does not shift the percentile below which ASHA stops trials. `both` is the mean of the two: at the
+    first rung many trials may have the accuracy of chance, while the best trial may have a higher loss than they.
     """
     if "val_loss" not in metrics:
         return 0.0
-    accuracy, sureness = float(metrics["val_accuracy"]), math.exp(-metrics["val_loss"])
-    return {"accuracy": accuracy, "loss": sureness, "both": (accuracy + sureness) / 2}[judge_by]
+    accuracy, likelihood = float(metrics["val_accuracy"]), math.exp(-metrics["val_loss"])
+    return {"accuracy": accuracy, "loss": likelihood, "both": (accuracy + likelihood) / 2}[judge_by]
 
 
 def summarise(history: Sequence[Metrics], best_epoch: int) -> dict[str, Any]:
     """Return the `runs` columns that follow from the epochs' metrics.
 
-    The losses and accuracies are those of the best epoch, None for a val that was not held out. `images_per_s` is the
-    median over epochs, without the first one, which pays for warming up, if there are others.
+    The losses and accuracies are those of `best_epoch`, None for val if it is not held out. `images_per_s` is the
+    median over all epochs but the first, which is slower while caches warm up, if there are others.
     """
     best = history[best_epoch - 1]
     rates = [metrics["train_rows"] / metrics["epoch_time_s"] for metrics in history]

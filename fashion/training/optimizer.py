@@ -1,4 +1,4 @@
-"""Optimizers: torch's own, and Muon for the convolutions with AdamW for the rest. Knows torch, config and model."""
+"""Optimizers and the learning-rate schedule: torch's optimizers, and Muon for convolutions with AdamW for the rest."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,23 +10,25 @@ from torch import Tensor, nn
 from fashion.config import TrainConfig
 from fashion.model.network import LearnedConv2d
 
+# Momentum of SGD and of Muon.
 MOMENTUM = 0.9
-# Muon's customary rate is 0.02; with AdamW's 1.5e-3 for the other parameters, chosen on val, that is this ratio.
+# Muon's learning rate over AdamW's: Muon's customary 0.02, with 1.5e-3 for the other parameters, chosen on val.
 LR_RATIO = 0.02 / 1.5e-3
-# Coefficients of the quintic iteration and its five steps: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
+# Coefficients of the quintic iteration, and its number of steps: Jordan et al. 2024, "Muon: an optimizer for hidden
+# layers".
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Rows that are orthogonalised together. The work grows with their square, and the step of the widest convolution (256
-# filters) took as long as that of all others together twice over; in two halves it takes two fifths.
+# Rows that are orthogonalised together. The work grows with their square: as one matrix, the widest convolution (256
+# filters) took twice as long as all others together; as two halves it takes two fifths of that.
 BLOCK_ROWS = 128
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return roughly the nearest semi-orthogonal matrix to `matrix` (m, n): same singular vectors, values near 1.
+    """Return approximately the semi-orthogonal matrix nearest to `matrix` (m, n): same singular vectors, values near 1.
 
-    Each step multiplies by a polynomial P of the Gram matrix G = X X^T, and the next Gram matrix is P G P. So the
-    polynomials are multiplied first, all of them m x m, and X once at the end: about half the work for a convolution
-    (m = 128, n = 1152), and the same to rounding.
+    Newton-Schulz iteration: each step multiplies X by a polynomial P of the Gram matrix G = X X^T, and the next Gram
+    matrix is P G P. So this multiplies the polynomials first, all of them m x m, and X once at the end: about half the
+    work for a convolution (m = 128, n = 1152), and the same result up to rounding.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
@@ -45,32 +47,31 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that groups with `muon: True` are moved along their orthogonalised momentum.
+    """AdamW, except that groups with `muon: True` are updated by Muon: along their orthogonalised Nesterov momentum.
 
-    A convolution's weight (out, in, 3, 3) counts as a matrix (out, in * 9), in blocks of up to `BLOCK_ROWS` filters.
-    A block's step has singular values near `LR_RATIO` times the learning rate, so that one learning rate serves both
+    A convolution's weight (out, in, 3, 3) is taken as a matrix (out, in * 9), in blocks of up to `BLOCK_ROWS` filters.
+    A block's update has singular values near `LR_RATIO` times the learning rate, so that one learning rate serves both
     kinds of parameters.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update all groups; gradients of Muon's groups are used up."""
+        """Update all groups; sets the gradients of Muon's groups to None. `closure` must be None."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             if not group.get("muon"):
                 continue
             for weight in group["params"]:
-                self._move(weight, group["lr"], group["weight_decay"])
-                # AdamW skips what has no gradient, so the rest of the step passes this weight by.
-                weight.grad = None
+                self._update(weight, group["lr"], group["weight_decay"])
+                weight.grad = None  # AdamW's step, which follows, skips weights without a gradient
         return super().step()
 
-    def _move(self, weight: Tensor, lr: float, weight_decay: float) -> None:
+    def _update(self, weight: Tensor, lr: float, weight_decay: float) -> None:
         gradient = weight.grad
         assert gradient is not None, "every convolution takes part in every step"
         state = self.state[weight]
         if "momentum" not in state:
-            state["step"] = torch.zeros(())  # counted as AdamW counts, whose own loading looks for it
+            state["step"] = torch.zeros(())  # AdamW's `load_state_dict` expects a count of steps
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
         momentum: Tensor = state["momentum"]
@@ -83,41 +84,43 @@ class Muon(torch.optim.AdamW):
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of `config`; each parameter group remembers its peak learning rate as `peak_lr`.
+    """Return the optimizer of `config`; each parameter group holds its peak learning rate as `peak_lr`.
 
-    The factors of learned padding are a group of their own, which does not decay: their home is 1, not 0.
+    The factors of learned padding are a group of their own without weight decay, which would pull them to 0; they start
+    at 1.
     """
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     factors = [layer.border for layer in model.modules() if isinstance(layer, LearnedConv2d)]
     undecayed = [{"params": factors, "peak_lr": config.lr, "weight_decay": 0.0}] if factors else []
-    whole: dict[str, Any] = {"params": without(factors, model.parameters()), "peak_lr": config.lr}
+    decayed: dict[str, Any] = {"params": without(factors, model.parameters()), "peak_lr": config.lr}
     if config.optimizer == "sgd":
-        return torch.optim.SGD([whole, *undecayed], momentum=MOMENTUM, nesterov=True, **options)
+        return torch.optim.SGD([decayed, *undecayed], momentum=MOMENTUM, nesterov=True, **options)
     if config.optimizer != "muon":
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return kind([whole, *undecayed], **options)
-    # The first convolution has one input channel, a matrix of 32 x 9: nothing to orthogonalise.
-    matrices = [parameter for parameter in whole["params"] if parameter.ndim == 4 and parameter.shape[1] > 1]
+        return kind([decayed, *undecayed], **options)
+    # The first convolution has one input channel, so its weight is a matrix of 32 x 9: nothing to orthogonalise.
+    matrices = [parameter for parameter in decayed["params"] if parameter.ndim == 4 and parameter.shape[1] > 1]
     return Muon(
         [
-            whole | {"params": without(matrices, whole["params"]), "muon": False},
-            whole | {"params": matrices, "muon": True},
+            decayed | {"params": without(matrices, decayed["params"]), "muon": False},
+            decayed | {"params": matrices, "muon": True},
             *undecayed,
         ],
         **options,
     )
 
 
-def without(left_out: Sequence[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return `parameters` but for those of `left_out`, told by what they are: `==` compares their elements."""
-    known = {id(parameter) for parameter in left_out}
-    return [parameter for parameter in parameters if id(parameter) not in known]
+def without(excluded: Sequence[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return `parameters` without those in `excluded`, compared by identity: `==` compares elements."""
+    ids = {id(parameter) for parameter in excluded}
+    return [parameter for parameter in parameters if id(parameter) not in ids]
 
 
-def kept_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
-    """Return what `optimizer` keeps for a parameter of each group: name -> whether it has the parameter's shape.
+def state_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
+    """Return, for each parameter group, the state that `optimizer` keeps of a parameter.
 
-    Seen from an optimizer of the same kind that moves parameters of a single number.
+    That is name -> whether the state has the parameter's shape; otherwise it is a single number. Found by one step of
+    an optimizer of the same class on parameters of one element.
     """
     groups = [group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} for group in optimizer.param_groups]
     for group in groups:

@@ -1,5 +1,6 @@
-"""The epochs of one run, from seed to last epoch, over one rank's rows. Knows torch, not Ray: a worker of Ray Train and
-a trial of a search drive the same generator.
+"""One rank's training run, from the seed to the last epoch: `TrainingRun` and what it needs.
+
+Imports torch, not Ray: a worker of Ray Train and a trial of a search iterate over the same generator.
 """
 
 import ctypes
@@ -24,15 +25,16 @@ from fashion.training.ema import start_ema, update_ema
 from fashion.training.metrics import Metrics
 from fashion.training.optimizer import build_optimizer, learning_rate
 
-# Activations of an evaluation in fp32 are the peak of a worker's memory: with 500, 0.36 GiB more than with 200, and no
-# quicker on two cores.
+# A worker's memory peaks at the activations of an evaluation in fp32: 500 rows take 0.36 GiB more than 200, and are no
+# faster on two cores.
 EVAL_BATCH_SIZE = 250
+# Version of `progress.json` in a checkpoint; a run refuses any other one.
 PROGRESS_FORMAT = 4
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that train together."""
+    """This process's rank among `world_size` processes that train together, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -41,10 +43,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Shards:
-    """What a rank trains on and evaluates.
+    """One rank's shards of the training and val rows, and figures of all rows.
 
-    `train_batches(epoch)` yields this rank's batches of (images, labels); `val` holds its val images (N, 1, 28, 28)
-    uint8 and labels (N,) int64; the totals are over all ranks.
+    `train_batches(epoch)` yields this rank's augmented batches of (images, labels); `val` holds its val images
+    (N, 1, 28, 28) uint8 and labels (N,) int64. The numbers of rows are over all ranks; `pixel_mean` and `pixel_std` are
+    those of the training split, in 0..1.
     """
 
     train_batches: Callable[[int], Iterator[Batch]]
@@ -55,19 +58,24 @@ class Shards:
     pixel_std: float
 
 
+# Parameters of glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 WrappedModel = tuple[nn.Module, Callable[[], object], str]
-"""A network as it is trained, what moves its weights, and the way that gradients take: the column `exchange`."""
+"""The module whose forward pass is trained, the function that updates its weights, and how ranks exchange gradients:
+the column `exchange` of the `runs` table.
+"""
 WrapModel = Callable[[nn.Module, torch.optim.Optimizer, str], WrappedModel]
-"""Makes that of a network, its optimizer and the precision, on all ranks together."""
+"""Returns the `WrappedModel` of a network, its optimizer and the precision; all ranks call it together."""
 
 
-def alone(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
-    """Let a process train by itself."""
+def without_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
+    """Return `model` as it is, a `WrapModel` for a process that trains by itself."""
     return model, optimizer.step, "none"
 
 
 def prepare_process(threads: int) -> None:
-    """Set up a process that computes: its memory, and `threads` of computation, of which Ray leaves it one."""
+    """Set up a process that computes: keep freed memory, and run `threads` threads, of which Ray's default is one."""
     keep_freed_memory()
     torch.set_num_threads(threads)
 
@@ -75,62 +83,67 @@ def prepare_process(threads: int) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks for reuse.
 
-    By default it hands every large activation back to the kernel and faults it in again in the next step: 6 % of a
-    step's time on two Zen 3 cores. The numbers are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
+    By default glibc returns every large activation to the kernel, and the next step faults its pages in again: 6 % of a
+    step's time on two Zen 3 cores. Does nothing under another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 1 << 30)
-        mallopt(-1, (1 << 31) - 1)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: after a step, or after an epoch, which then has metrics."""
+    """How far a run is, after a step or after an epoch."""
 
     epoch: int
     step: int
     """Steps done of this epoch."""
     is_sync_point: bool = False
-    """Whether every rank calls `TrainingRun.synchronise` now."""
+    """Whether every rank must call `TrainingRun.synchronise` now."""
     seconds_without_sync: float = 0.0
-    """How long it will take at least to the next synchronisation point, if that is known."""
+    """Expected seconds without a synchronisation point after this one: those of the evaluation, after the last step."""
     metrics: Metrics | None = None
+    """The epoch's metrics, after an epoch; None after a step."""
 
 
 class TrainingRun:
-    """A run in progress: network, optimizer and history; the generator `train` advances it."""
+    """A run in progress on one rank: network, optimizer and history; the generator `train` advances it."""
 
-    def __init__(self, config: TrainConfig, rows: Shards, rank: Rank, wrap: WrapModel) -> None:
-        """Build the network from the seed alone, so that all ranks start equal.
+    def __init__(self, config: TrainConfig, shards: Shards, rank: Rank, wrap: WrapModel) -> None:
+        """Build the network, with weights that depend on the seed alone, so that all ranks start with the same ones.
 
-        `wrap` adds DDP, where several train together.
+        `wrap` puts the network under DDP, if several ranks train together.
         """
         self.config = config
-        self.rows = rows
+        self.shards = shards
         self.rank = rank
-        self.steps = config.steps_per_epoch(rows.num_train_rows)
+        self.steps = config.steps_per_epoch(shards.num_train_rows)
         self.precision = loop.resolve_precision(config.precision, rank.device)
         torch.manual_seed(stream_seed(config.seed, 0, 0, 1))
-        self.model = place(build_model(config, rows.pixel_mean, rows.pixel_std), rank.device)
+        self.model = place(build_model(config, shards.pixel_mean, shards.pixel_std), rank.device)
         self.evaluated = start_ema(self.model) if config.ema_decay else self.model
-        """What is judged on val, chosen and loaded from a checkpoint: the average of the weights, or the network."""
+        """The network that is evaluated on val and that a checkpoint is chosen for: the moving average of the weights
+        if `ema_decay` is set, else `model` itself.
+        """
         self.optimizer = build_optimizer(config, self.model)
         self.wrapped, self.update, self.exchange = wrap(self.model, self.optimizer, self.precision)
         self.history: list[Metrics] = []
-        """Metrics of each epoch so far, earlier lives of the run included."""
-        self.positions: list[sync.EpochState] = []
-        """States of all ranks within an epoch, while a checkpoint is made there and before the run goes on from one."""
+        """Metrics of each epoch so far, including those before the run was resumed."""
+        self.epoch_states: list[sync.EpochState] = []
+        """States of all ranks within an epoch: set between `synchronise` and the next step, and by `restore` until the
+        run goes on; empty otherwise.
+        """
         self._record: loop.EpochRecord | None = None
-        """That of the epoch in progress while the ranks are to synchronise."""
+        """Record of the epoch in progress, at a synchronisation point until `synchronise` is called; else None."""
 
     @property
     def epochs_done(self) -> int:
         """Epochs trained so far."""
         return len(self.history)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what this process knows of how it runs, in columns of the `runs` table."""
+    def process_columns(self) -> dict[str, Any]:
+        """Return the columns of the `runs` table that only the training process knows: device, precision, and so on."""
         device = self.rank.device
         return {
             "num_parameters": count_parameters(self.model),
@@ -143,37 +156,37 @@ class TrainingRun:
 
     @property
     def step(self) -> int:
-        """Steps done of the epoch within which a checkpoint is made; 0 between epochs."""
-        return self.positions[0].step if self.positions else 0
+        """Steps done of the epoch in progress, where a checkpoint can be made within it; 0 between epochs."""
+        return self.epoch_states[0].step if self.epoch_states else 0
 
     def encode(self) -> dict[str, bytes]:
-        """Return a checkpoint's files."""
-        positions = [dataclasses.asdict(position) for position in self.positions]
-        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": positions}
+        """Return a checkpoint of the run's present state, as file name -> content."""
+        states = [dataclasses.asdict(state) for state in self.epoch_states]
+        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": states}
         return checkpoint.encode(self.evaluated, self.optimizer, progress, self._trained)
 
     def restore(self, read_file: Callable[[str], bytes]) -> None:
-        """Continue from a checkpoint whose files `read_file(name)` gives.
+        """Restore the run from a checkpoint; `read_file(name)` returns the content of one of its files.
 
-        Raises `checkpoint.DamagedCheckpoint`, and `checkpoint.OtherVersion` for files that this code cannot read.
+        Raises `checkpoint.DamagedCheckpoint`, and `checkpoint.OtherVersion` for a format that this code does not read.
         """
-        progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._look_at, self._trained)
+        progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._check_progress, self._trained)
         self.history = progress["history"]
-        self.positions = sync.epoch_states_from(progress["positions"])
+        self.epoch_states = sync.parse_epoch_states(progress["positions"])
 
     @property
     def _trained(self) -> nn.Module | None:
-        """The network that the optimizer moves, if another one is evaluated."""
+        """The network that the optimizer updates, if another one is evaluated; else None."""
         return None if self.evaluated is self.model else self.model
 
-    def _look_at(self, progress: dict[str, Any]) -> None:
-        """Raise unless `progress` is one that `encode` could have written for this run."""
+    def _check_progress(self, progress: dict[str, Any]) -> None:
+        """Raise `DamagedCheckpoint` or `OtherVersion` unless `encode` could have written `progress` for this run."""
         if progress.get("format") != PROGRESS_FORMAT:
             raise checkpoint.OtherVersion(
                 f"the checkpoint has form {progress.get('format')} and this code reads {PROGRESS_FORMAT}"
             )
         figures = {"train_loss", "train_accuracy", "train_rows", "lr", "epoch_time_s", "data_wait_s"}
-        figures |= {"val_loss", "val_accuracy", "val_rows", "val_time_s"} if self.rows.num_val_rows else set()
+        figures |= {"val_loss", "val_accuracy", "val_rows", "val_time_s"} if self.shards.num_val_rows else set()
         history = progress.get("history")
         whole = isinstance(history, list) and all(
             isinstance(metrics, dict)
@@ -184,31 +197,32 @@ class TrainingRun:
         if not whole:
             raise checkpoint.damaged(checkpoint.PROGRESS, "its history is not one of this run's epochs 1, 2, 3, ...")
         try:
-            positions = sync.epoch_states_from(progress["positions"])
+            states = sync.parse_epoch_states(progress["positions"])
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its positions: {error!r}") from error
-        steps = {position.step for position in positions}
-        if positions and not (len(steps) == 1 and 0 < min(steps) <= self.steps):
+        steps = {state.step for state in states}
+        if states and not (len(steps) == 1 and 0 < min(steps) <= self.steps):
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its ranks are at steps {sorted(steps)}")
 
     def train(self) -> Iterator[Progress]:
-        """Train what remains, and yield after every step and after every epoch.
+        """Train the remaining epochs; yield after every step and after every epoch.
 
-        After a step that is a synchronisation point every rank calls `synchronise` before it goes on. The metrics of an
-        epoch are the same on all ranks but for the times. Raises `sync.Diverged` on all ranks together.
+        After a step that is a synchronisation point, every rank must call `synchronise` before it continues. The
+        metrics of an epoch are the same on all ranks, except for the times. Raises `sync.Diverged` on all ranks
+        together.
         """
         for epoch in range(self.epochs_done + 1, self.config.last_epoch + 1):
             record = self._start_epoch(epoch)
             yield from self._train_steps(epoch, record)
             metrics = self._train_metrics(epoch, record.result())
-            sync.average_statistics(self.model)
-            if self.rows.num_val_rows:
+            sync.average_batch_norm_statistics(self.model)
+            if self.shards.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
             yield Progress(epoch, record.step, metrics=metrics)
 
     def epochs(self) -> Iterator[Metrics]:
-        """Train what remains without saving within epochs; yield the metrics of each epoch."""
+        """Train the remaining epochs without checkpoints within an epoch; yield the metrics of each epoch."""
         for progress in self.train():
             if progress.is_sync_point:
                 self.synchronise(wants_save=False)
@@ -216,26 +230,27 @@ class TrainingRun:
                 yield progress.metrics
 
     def synchronise(self, wants_save: bool) -> bool:
-        """Return whether the run is to be saved now: whether any rank wants it to be. All ranks call this together.
+        """Return whether to save the run now: whether any rank `wants_save`. All ranks call this together.
 
-        If so, `encode` returns a checkpoint from which the run goes on within the epoch. Raises `sync.Diverged` on all
-        ranks if any saw a loss that is not finite: no checkpoint is made of what came of it.
+        If so, `encode` returns a checkpoint from which the run resumes within the epoch. Raises `sync.Diverged` on all
+        ranks if any rank had a non-finite loss, so that the broken weights are not saved.
         """
         assert self._record is not None, "the run is not at a synchronisation point"
         record, self._record = self._record, None
         if not record.synchronise(wants_save):
             return False
-        self.positions = sync.gathered(record.state(self.wrapped))
+        self.epoch_states = sync.gather_epoch_states(record.state(self.wrapped))
         return True
 
     def _start_epoch(self, epoch: int) -> loop.EpochRecord:
-        """Return the record of an epoch at its start, or where the checkpoint was made that the run goes on from."""
+        """Return the record of an epoch: at its start, or at the step of the checkpoint that was restored."""
         start = sync.START
-        if self.positions:
-            start = sync.own_epoch_state(self.positions, self.rank.rank, self.rank.world_size)
-            self.positions = []
-            self.set_lr((epoch - 1) * self.steps + start.step - 1)  # which stands if no step is left
-        # Dropout draws from the global generator: keyed like the rest, and different on every rank.
+        if self.epoch_states:
+            start = sync.own_epoch_state(self.epoch_states, self.rank.rank, self.rank.world_size)
+            self.epoch_states = []
+            # The learning rate of the last step taken, which the metrics report if no step of the epoch is left.
+            self.set_lr((epoch - 1) * self.steps + start.step - 1)
+        # Dropout draws from torch's global generator: seeded by epoch like all else, and differently on every rank.
         torch.manual_seed(
             stream_seed(self.config.seed, epoch, self.rank.rank, 2, *([start.step] if start.step else []))
         )
@@ -244,11 +259,11 @@ class TrainingRun:
         return loop.EpochRecord(epoch, self.rank.device, start)
 
     def _train_steps(self, epoch: int, record: loop.EpochRecord) -> Iterator[Progress]:
-        """Take the steps of an epoch that are left; the last one is a synchronisation point as well."""
+        """Take the remaining steps of an epoch; the last one is a synchronisation point as well."""
         config, done = self.config, (epoch - 1) * self.steps
         self.wrapped.train()
-        # What was trained on is drawn again and passed over, so that the generators are where they were.
-        batches = itertools.islice(self.rows.train_batches(epoch), record.step, None)
+        # Batches before the restored step are drawn and skipped, which advances the generators to where they were.
+        batches = itertools.islice(self.shards.train_batches(epoch), record.step, None)
         for batch in record.timed(batches):
             self.set_lr(done + record.step)
             loop.train_step(
@@ -264,10 +279,10 @@ class TrainingRun:
             is_last = record.step == self.steps
             if is_last or record.is_sync_point():
                 self._record = record
-            # After the last step the evaluation follows, within which nothing can be saved: as long as it took before.
+            # The evaluation after the last step has no synchronisation point; it takes as long as the previous one.
             yield Progress(epoch, record.step, self._record is not None, self._val_time_s() if is_last else 0.0)
             assert self._record is None, "every rank calls `synchronise` at a synchronisation point"
-            self.positions = []
+            self.epoch_states = []
 
     def _val_time_s(self) -> float:
         return float(self.history[-1].get("val_time_s", 0.0)) if self.history else 0.0
@@ -288,13 +303,14 @@ class TrainingRun:
     def _evaluate(self, epoch: int) -> Metrics:
         started = time.perf_counter()
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
-        batches = plain_batches(*self.rows.val, EVAL_BATCH_SIZE)
+        batches = plain_batches(*self.shards.val, EVAL_BATCH_SIZE)
         val = loop.evaluate(
             self.evaluated, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta
         )
-        assert val.num_rows == self.rows.num_val_rows, (val.num_rows, self.rows.num_val_rows)
+        assert val.num_rows == self.shards.num_val_rows, (val.num_rows, self.shards.num_val_rows)
         if not math.isfinite(val.loss):
-            # The last update of the epoch did it, after the loop's last look. The sums are those of all ranks.
+            # The last update of the epoch broke the weights, after the last check of the loss. The sums are over all
+            # ranks, so all of them raise this.
             raise sync.Diverged(f"val loss is not finite after epoch {epoch}; lower --lr")
         times = {"val_time_s": time.perf_counter() - started}
         return {"val_loss": val.loss, "val_accuracy": val.accuracy, "val_rows": val.num_rows} | times
@@ -309,7 +325,10 @@ class TrainingRun:
 
 
 def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> FashionCNN:
-    """Return the network of `config`, weights drawn from torch's global generator."""
+    """Return the network of `config`, its weights drawn from torch's global generator.
+
+    `pixel_mean` and `pixel_std`, in 0..1, are what it normalises pixels by.
+    """
     model = FashionCNN(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
@@ -325,7 +344,7 @@ def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> Fas
 def resident_batches(
     config: TrainConfig, images: Tensor, labels: Tensor, rank: Rank, num_steps: int
 ) -> Callable[[int], Iterator[Batch]]:
-    """Return `train_batches(epoch)` over a shard that stays on the device: each epoch is a permutation of its index."""
+    """Return `train_batches(epoch)` over a shard that stays on the device; each epoch permutes the shard's rows."""
     augmentation = Augmentation(config.flip, config.shift, config.erase)
 
     def train_batches(epoch: int) -> Iterator[Batch]:
@@ -344,6 +363,6 @@ def resident_batches(
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident size that this process has had."""
+    """Return the largest resident set size, in bytes, that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,6 @@
-"""What ranks exchange besides gradients: stop together on a non-finite loss, agree on when to save, share state."""
+"""What ranks exchange besides gradients: they stop together on a non-finite loss, agree on when to save, and gather
+what a checkpoint within an epoch needs of each rank.
+"""
 
 import base64
 import dataclasses
@@ -12,145 +14,153 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# At most so many steps lie between two looks at the loss: a look stalls a GPU; on CPUs the value is there.
+# At most this many steps lie between two synchronisation points: each one stalls a GPU, and costs little on a CPU.
 MAX_STEPS_BETWEEN_SYNCS = {"cuda": 50, "cpu": 10}
-# Where steps are slow, looks come after so many seconds: it is at a look that a run is saved.
+# Fewer steps lie between them where these would take longer, since a run can be saved at these points only.
 SECONDS_BETWEEN_SYNCS = 0.5
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite; every rank raises it at the same step."""
+    """The loss was not finite; every rank raises this after the same step."""
 
 
 @dataclass(frozen=True)
 class EpochState:
-    """How far one rank is within an epoch, and what it needs to go on from there with the same bits."""
+    """How far one rank is within an epoch, and what it needs to resume there with the same bits.
+
+    Checkpoints hold these as JSON under the key `positions`, so the names of the fields are part of a file format.
+    """
 
     step: int = 0
-    """Steps done; at 0 the epoch is at its start, and the rest says nothing."""
+    """Steps done; at 0 the epoch is at its start, and the other fields have their defaults."""
     loss_sum: float = 0.0
     """This rank's own sums so far, as in `ClassificationSums`."""
     num_correct: int = 0
     num_rows: int = 0
     time_s: float = 0.0
+    """Seconds spent in the epoch so far, of these `data_wait_s` waiting for data."""
     data_wait_s: float = 0.0
     states: tuple[str, ...] = ()
-    """Base64 of what differs between ranks: see `own_states`; none if another rank's would not do."""
+    """Base64 of what differs between ranks: see `own_states`. Empty if the number of workers has changed."""
 
 
 START = EpochState()
-"""Of every rank at the start of an epoch."""
+"""The state of every rank at the start of an epoch."""
 
 
-def epoch_states_from(stored: Any) -> list[EpochState]:
-    """Return the positions of all ranks from what `dataclasses.asdict` and JSON made of them.
+def parse_epoch_states(stored: Any) -> list[EpochState]:
+    """Return the states of all ranks from the plain values that a checkpoint holds of them.
 
-    Raises `TypeError` or `ValueError` for anything else.
+    Raises `TypeError` or `ValueError` for values of another form.
     """
-    found = []
+    parsed = []
     for values in stored:
-        position = EpochState(**values)
+        epoch_state = EpochState(**values)
         for field in dataclasses.fields(EpochState):
-            value, like = getattr(position, field.name), field.default
+            value, like = getattr(epoch_state, field.name), field.default
             if field.name != "states" and type(value) is not type(like):
                 raise TypeError(f"{field.name} is {value!r}")
-        states = tuple(position.states)
+        states = tuple(epoch_state.states)
         for state in states:
             base64.b64decode(state, validate=True)
-        found.append(dataclasses.replace(position, states=states))
-    return found
+        parsed.append(dataclasses.replace(epoch_state, states=states))
+    return parsed
 
 
 class SyncPoints:
-    """What all ranks look at together, every few steps: the loss, and whether any of them wishes for a pause.
+    """Synchronises ranks every few steps: stops all of them on a non-finite loss, and agrees on when to save.
 
-    The ranks look after the same steps: how far apart those are follows from the slowest one's time between two looks.
+    The points come after the same steps on all ranks. The slowest rank's time for a step decides how many steps lie
+    between two of them.
     """
 
     NEVER = torch.iinfo(torch.int64).max
+    """Stands for no step in a reduction that takes the smallest."""
 
     def __init__(self, epoch: int, step: int, device: torch.device) -> None:
-        """Begin after `step`; the first look comes after the next one."""
+        """Start after `step` steps of the epoch; the first point comes after the next one."""
         self._epoch = epoch
         self._first_bad_step = torch.full((), self.NEVER, device=device)
         self._limit = MAX_STEPS_BETWEEN_SYNCS[device.type]
         self._last, self._next, self._since = step, step + 1, time.perf_counter()
 
     def note(self, loss: Tensor, step: int) -> None:
-        """Note the `loss` () of a step, without waiting for it."""
+        """Record, without waiting for the device, whether the `loss` () of a step is finite."""
         bad = torch.where(torch.isfinite(loss.detach()), self.NEVER, step)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad)
 
-    def are_due(self, step: int) -> bool:
-        """Tell whether the ranks look after this step."""
+    def is_due_after(self, step: int) -> bool:
+        """Return whether all ranks must call `synchronise` after this step."""
         return step == self._next
 
-    def take(self, step: int, wish: bool) -> bool:
-        """Raise `Diverged` on every rank if any saw a loss that is not finite; else tell whether any has a wish.
+    def synchronise(self, step: int, wants_save: bool) -> bool:
+        """Return whether any rank `wants_save`; raise `Diverged` on every rank if any rank had a non-finite loss.
 
-        One small reduction.
+        Costs one small all-reduce.
         """
         since, self._since = self._since, time.perf_counter()
         steps, self._last = max(step - self._last, 1), step
-        mine = [0 if wish else 1, -int((self._since - since) / steps * 1e6)]
-        looked = torch.stack([self._first_bad_step, *self._first_bad_step.new_tensor(mine)])
+        # All three are reduced by MIN: the first bad step, whether nobody wants to save, and the slowest rank's time.
+        own = [0 if wants_save else 1, -int((self._since - since) / steps * 1e6)]
+        reduced = torch.stack([self._first_bad_step, *self._first_bad_step.new_tensor(own)])
         if dist.is_initialized():
-            dist.all_reduce(looked, op=dist.ReduceOp.MIN)
-        bad_step, nobody, microseconds = looked.tolist()
+            dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
+        bad_step, nobody_wants_save, negative_step_us = reduced.tolist()
         if bad_step != self.NEVER:
             raise Diverged(f"loss is not finite at epoch {self._epoch}, step {bad_step}; lower --lr")
-        fitting = int(SECONDS_BETWEEN_SYNCS * 1e6) // max(-microseconds, 1)
-        self._next = step + min(max(fitting, 1), self._limit)
-        return not nobody
+        steps_in_time = int(SECONDS_BETWEEN_SYNCS * 1e6) // max(-negative_step_us, 1)
+        self._next = step + min(max(steps_in_time, 1), self._limit)
+        return not nobody_wants_save
 
 
 def own_states(model: nn.Module, device: torch.device) -> tuple[str, ...]:
     """Return, as base64, what differs between ranks within an epoch: generators, and batch normalisation's statistics.
 
-    Dropout draws from the generators of torch; the order of rows and their augmentation have generators of their own,
-    which the next life of the run winds forward.
+    Dropout draws from torch's generators. The order of rows and their augmentation have generators of their own; a run
+    that resumes draws from these again, up to the step where it was saved.
     """
     tensors = [torch.get_rng_state()]
     tensors += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    tensors += [statistic.detach().cpu() for statistic in statistics_of(model)]
+    tensors += [statistic.detach().cpu() for statistic in batch_norm_statistics(model)]
     return tuple(base64.b64encode(tensor.numpy().tobytes()).decode() for tensor in tensors)
 
 
 @torch.no_grad()
 def restore_own_states(states: Sequence[str], model: nn.Module, device: torch.device) -> None:
-    """Set what `own_states` returned on this rank."""
+    """Restore on this rank what `own_states` returned on it."""
     contents = [bytearray(base64.b64decode(state)) for state in states]
     torch.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8))
     if device.type == "cuda":
         torch.cuda.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8), device)
-    for statistic, content in zip(statistics_of(model), contents, strict=True):
+    for statistic, content in zip(batch_norm_statistics(model), contents, strict=True):
         statistic.copy_(torch.frombuffer(content, dtype=statistic.dtype))
 
 
-def gathered(position: EpochState) -> list[EpochState]:
-    """Return the positions of all ranks, on every rank."""
+def gather_epoch_states(own: EpochState) -> list[EpochState]:
+    """Return the states of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
-        return [position]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, position)
-    return found
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
-def own_epoch_state(positions: Sequence[EpochState], rank: int, world_size: int) -> EpochState:
-    """Return the one of `positions` that this rank goes on from.
+def own_epoch_state(epoch_states: Sequence[EpochState], rank: int, world_size: int) -> EpochState:
+    """Return the state from which this rank resumes, given those of all ranks in the checkpoint.
 
-    Where the number of workers has changed, rank 0 takes the sums of all, and no rank's states would do.
+    If the number of workers has changed since, rank 0 takes the sums of all ranks, and no rank gets `states`: they
+    belong to another division of the rows.
     """
-    if len(positions) == world_size:
-        return positions[rank]
-    first = positions[0]
+    if len(epoch_states) == world_size:
+        return epoch_states[rank]
+    first = epoch_states[0]
     if rank:
         return EpochState(step=first.step, time_s=first.time_s)
     return EpochState(
         step=first.step,
-        loss_sum=math.fsum(position.loss_sum for position in positions),
-        num_correct=sum(position.num_correct for position in positions),
-        num_rows=sum(position.num_rows for position in positions),
+        loss_sum=math.fsum(each.loss_sum for each in epoch_states),
+        num_correct=sum(each.num_correct for each in epoch_states),
+        num_rows=sum(each.num_rows for each in epoch_states),
         time_s=first.time_s,
         data_wait_s=first.data_wait_s,
     )
@@ -164,19 +174,19 @@ def largest(value: float, device: torch.device) -> float:
     return float(tensor.item())
 
 
-def statistics_of(model: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of the batch normalisations, which each rank has of its own rows."""
+def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of the batch normalisations; each rank's are those of its own rows."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     return [getattr(layer, name) for layer in layers for name in ("running_mean", "running_var")]
 
 
 @torch.no_grad()
-def average_statistics(model: nn.Module) -> None:
-    """Give all ranks the mean of their batch-normalisation statistics; nothing happens in a network without them.
+def average_batch_norm_statistics(model: nn.Module) -> None:
+    """Set the batch-normalisation statistics of all ranks to their mean; does nothing in a network without any.
 
-    Each rank's running mean and variance come from its own rows, and all must evaluate the same network.
+    Each rank's running mean and variance come from its own rows, but all ranks must evaluate the same network.
     """
-    statistics = statistics_of(model)
+    statistics = batch_norm_statistics(model)
     if not statistics or not dist.is_initialized():
         return
     mean = torch.cat(statistics) / dist.get_world_size()

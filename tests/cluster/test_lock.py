@@ -1,4 +1,4 @@
-"""One driver at a time: claims on a name, on a folder of this machine and on what has no locks."""
+"""Locks on names: in a folder of this machine, and in an object store, which has no locks of its own."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def without_locks(storage: Storage) -> Storage:
 
 
 def claim(storage: Storage, name: str = "mine") -> NameLock:
-    return NameLock(storage, "runs", name, "--run-id", beat_s=0.2)
+    return NameLock(storage, "runs", name, "--run-id", heartbeat_s=0.2)
 
 
 @pytest.mark.parametrize("kind", ["storage", "without_locks"])
@@ -70,9 +70,9 @@ def test_a_killed_owner_has_no_claim(storage: Storage) -> None:
         pass
 
 
-def test_a_note_that_nobody_renews_is_no_claim(without_locks: Storage) -> None:
+def test_an_owner_without_heartbeats_has_no_lock(without_locks: Storage) -> None:
     left = claim(without_locks)
-    left._write(7)
+    left._write_object(7)
     with claim(without_locks):
         pass
 

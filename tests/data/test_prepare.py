@@ -291,12 +291,12 @@ def test_shards_cover_every_row_once(num_rows: int, world_size: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_one_cut_serves_every_width() -> None:
-    cuts = shards.cut_points(1000, 2, 5)
+def test_one_set_of_blocks_serves_every_number_of_workers() -> None:
+    bounds = shards.block_bounds(1000, 2, 5)
     for width in range(2, 6):
         for rank in range(width):
-            pieces = shards.blocks_of_shard(cuts, rank, width)
-            rows = [row for k in pieces for row in range(cuts[k], cuts[k + 1])]
+            blocks = shards.blocks_of_shard(bounds, rank, width)
+            rows = [row for k in blocks for row in range(bounds[k], bounds[k + 1])]
             assert rows == list(range(*shards.shard_bounds(1000, rank, width)))
 
 

@@ -21,8 +21,8 @@ from fashion.distributed import shared_memory as exchange
 from fashion.distributed.ddp import mean_in_rank_order
 from fashion.distributed.shared_memory import ShardedOptimizer, slices_of
 from fashion.model import network as model_module
-from fashion.training import run as fit
 from fashion.training.optimizer import build_optimizer
+from fashion.training.run import build_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +47,7 @@ def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """
     config = TrainConfig(preset="smoke", optimizer=name, padding="learned")  # type: ignore[arg-type]  # of OPTIMIZERS
     torch.manual_seed(0)
-    model = model_module.place(fit.build_model(config, 0.3, 0.35), torch.device("cpu"))
+    model = model_module.place(build_model(config, 0.3, 0.35), torch.device("cpu"))
     return model, build_optimizer(config, model)
 
 

@@ -73,7 +73,8 @@ def fit(storage: Storage, run_id: str, config: TrainConfig, num_workers: int | s
     """Train with `num_workers` workers, without the evaluation on test; return outcome and chosen weights."""
     manifest = load_manifest(storage)
     plan = make_plan(config, scale(num_workers), manifest)
-    row = trainer.fit_and_choose(trainer.RunSpec(storage, run_id, config, plan, manifest))
+    spec = trainer.RunSpec(run_id, config, scale(num_workers))
+    row = trainer.fit_and_choose(trainer.PlannedRun(storage, spec, plan, manifest))
     assert row["status"] == "completed", row
     return Fitted(row, read_table(storage, "epochs", run_id), weights_of(storage, row))
 
@@ -82,7 +83,7 @@ def train(
     storage: Storage, run_id: str, config: TrainConfig, scale: ScaleConfig, **options: Any
 ) -> trainer.TrainResult:
     """Train as the command does, on the data that was prepared, be it real or the stand-in."""
-    return trainer.train(storage, run_id, config, scale, trainer.RunOptions(source="auto", **options))
+    return trainer.train(storage, trainer.RunSpec(run_id, config, scale, **options))
 
 
 def weights_of(storage: Storage, row: dict[str, Any]) -> dict[str, Tensor]:
@@ -276,13 +277,13 @@ def test_shards_are_the_written_rows_in_their_order(
     storage = open_storage(str(tmp_path))
     prepare_archives(storage, few_archives)
     manifest = load_manifest(storage)
-    cuts = shards.cut_points(1_507, 1, 3)
+    bounds = shards.block_bounds(1_507, 1, 3)
     written = load_split(storage, manifest, "train").index[:1_507]
-    pieces = ray.get(shards.share_blocks(load_split(storage, manifest, "train"), cuts))
+    blocks = ray.get(shards.put_blocks(load_split(storage, manifest, "train"), bounds))
     streamed = open_dataset(storage, manifest, "train").limit(1_507)
-    for tables in (pieces, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
+    for tables in (blocks, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
         assert [row for table in tables for row in table["index"].to_pylist()] == written.tolist()
-    assert shards.share_blocks(load_split(storage, manifest, "val"), shards.cut_points(0, 1, 3)) == []
+    assert shards.put_blocks(load_split(storage, manifest, "val"), shards.block_bounds(0, 1, 3)) == []
 
 
 def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storage: Storage) -> None:
@@ -430,7 +431,7 @@ def test_an_interruption_has_the_time_it_needs() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(3600)
     with pytest.raises(KeyboardInterrupt):
-        trainer.in_a_thread(go_on.wait, go_on.set)
+        trainer.run_in_thread(go_on.wait, go_on.set)
     signal.signal(signal.SIGINT, before)
     assert go_on.is_set(), "it was stopped"
     assert signal.alarm(0) == 0, "no alarm was left"
@@ -446,8 +447,8 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
         storage.write_bytes(content, place, name)
     manifest = load_manifest(storage)
     plan = make_plan(RANDOM, scale(1), manifest)
-    faults = FaultConfig(max_failures=0)
-    row = trainer.run_or_explain(trainer.RunSpec(storage, "whole", RANDOM, plan, manifest, faults=faults))
+    spec = trainer.RunSpec("whole", RANDOM, scale(1), faults=FaultConfig(max_failures=0))
+    row = trainer.run_or_explain(trainer.PlannedRun(storage, spec, plan, manifest))
     assert row["status"] == "failed"
     assert f"the checkpoint has form 99 and this code reads {PROGRESS_FORMAT}" in row["error"]
 

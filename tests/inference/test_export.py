@@ -54,7 +54,7 @@ def test_the_program_predicts_what_the_checkpoint_does(
     """All test images, by a process that knows nothing of this project."""
     run_id = f"exported-{precision}"
     config = TrainConfig(preset="smoke", epochs=1, max_train_rows=400, global_batch_size=20, precision=precision)
-    row = trainer.train(storage, run_id, config, ScaleConfig(num_workers="1")).row
+    row = trainer.train(storage, trainer.RunSpec(run_id, config, ScaleConfig(num_workers="1"))).row
     folder = tmp_path / "model"
     flags = ["--storage", storage.uri, "--run-id", run_id, "--split", "val", "--export", str(folder)]
     done = call_job(evaluate.main, *flags)

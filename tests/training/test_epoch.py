@@ -169,9 +169,9 @@ def test_looks_at_slow_steps_come_sooner(monkeypatch: pytest.MonkeyPatch, step_s
     due = []
     for step in range(41, 62):
         now[0] += step_s
-        if sync_points.are_due(step):
+        if sync_points.is_due_after(step):
             due.append(step)
-            assert not sync_points.take(step, wish=False)
+            assert not sync_points.synchronise(step, wants_save=False)
     assert due == list(range(41, 62, steps))
 
 

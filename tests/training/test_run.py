@@ -18,36 +18,44 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import Depth, Precision, TrainConfig
 from fashion.data import synthetic
+from fashion.model.network import place
 from fashion.training import checkpoint, loop, sync
-from fashion.training import run as fit
 from fashion.training.batches import Batch, plain_batches
 from fashion.training.metrics import Metrics
+from fashion.training.run import (
+    EVAL_BATCH_SIZE,
+    Rank,
+    Shards,
+    TrainingRun,
+    WrappedModel,
+    build_model,
+    resident_batches,
+    without_ddp,
+)
 
-ALONE = fit.Rank()
+ALONE = Rank()
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
-def run_of(
-    config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, rank: fit.Rank = ALONE
-) -> fit.TrainingRun:
+def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, rank: Rank = ALONE) -> TrainingRun:
     """Return a run at its start, on the stand-in; of several ranks, each takes the rows that are its own."""
     images, labels = tensors(synthetic.draw(num_train_rows, seed=10))
     val_images, val_labels = tensors(synthetic.draw(max(num_val_rows, 1), seed=11))
     pixels = images.float() / 255
     own, own_val = (slice(rank.rank, count, rank.world_size) for count in (num_train_rows, num_val_rows))
-    batches = fit.resident_batches(config, images[own], labels[own], rank, config.steps_per_epoch(num_train_rows))
+    batches = resident_batches(config, images[own], labels[own], rank, config.steps_per_epoch(num_train_rows))
     val = val_images[own_val], val_labels[own_val]
-    rows = fit.Shards(batches, val, num_train_rows, num_val_rows, float(pixels.mean()), float(pixels.std()))
-    return fit.TrainingRun(config, rows, rank, wrap)
+    shards = Shards(batches, val, num_train_rows, num_val_rows, float(pixels.mean()), float(pixels.std()))
+    return TrainingRun(config, shards, rank, wrap)
 
 
-def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> fit.WrappedModel:
+def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
     if not dist.is_initialized():
-        return fit.alone(network, optimizer, precision)
+        return without_ddp(network, optimizer, precision)
     return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
 
 
-def train_and_save(run: fit.TrainingRun, save: Callable[[], object]) -> None:
+def train_and_save(run: TrainingRun, save: Callable[[], object]) -> None:
     """Train what remains, and call `save` at every synchronisation point and after every epoch."""
     for progress in run.train():
         if progress.is_sync_point:
@@ -95,13 +103,13 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(
     for each in steps:
         assert (each[0], each[-1]) == (1, 12), "synchronised after the first step and after the last"
         assert max(late - early for early, late in itertools.pairwise(each)) <= sync.MAX_STEPS_BETWEEN_SYNCS["cpu"]
-    places = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
-    for place in [*places, (1, 0), (2, 0)]:
-        files = saved[place]
+    saved_at = [(epoch, each[at]) for epoch, each in enumerate(steps) for at in (len(each) // 2, -1)]
+    for epoch_and_step in [*saved_at, (1, 0), (2, 0)]:
+        files = saved[epoch_and_step]
         again = run_of(config, 48, num_val_rows=20)
         again.restore(files.__getitem__)
-        assert (again.epochs_done, again.step) == place
-        assert len(list(again.epochs())) == 2 - place[0]
+        assert (again.epochs_done, again.step) == epoch_and_step
+        assert len(list(again.epochs())) == 2 - epoch_and_step[0]
         assert without_times(again.history) == without_times(history)
         for one, other in ((whole.model, again.model), (whole.evaluated, again.evaluated)):
             found = other.state_dict()
@@ -127,10 +135,10 @@ def test_what_is_judged_on_val_is_what_a_checkpoint_holds(one_thread: None, dept
     files = run.encode()
     losses = {}
     for name in (checkpoint.WEIGHTS, checkpoint.TRAINED):
-        model = fit.build_model(config, 0.0, 1.0)
+        model = build_model(config, 0.0, 1.0)
         model.load_state_dict(checkpoint.fitting_weights(files[name], model, name))
-        batches = plain_batches(*run.rows.val, fit.EVAL_BATCH_SIZE)
-        judged = fit.place(model, torch.device("cpu"))
+        batches = plain_batches(*run.shards.val, EVAL_BATCH_SIZE)
+        judged = place(model, torch.device("cpu"))
         sums = loop.evaluate(judged, batches, precision=run.precision, device=torch.device("cpu"), tta="flip")
         losses[name] = sums.loss
     assert losses[checkpoint.WEIGHTS] == metrics["val_loss"] != losses[checkpoint.TRAINED]
@@ -187,7 +195,7 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: P
         hold_out_val=hold_out_val,
         precision=precision,
     )
-    whole, again = (run_of(config, 24, 9 if hold_out_val else 0, fit.Rank(rank, WORLD_SIZE)) for _ in range(2))
+    whole, again = (run_of(config, 24, 9 if hold_out_val else 0, Rank(rank, WORLD_SIZE)) for _ in range(2))
     saved = Path(folder, "saved")
 
     def save() -> None:
@@ -258,11 +266,11 @@ def test_another_number_of_workers_takes_over_all_that_was_counted() -> None:
     ]
     assert [sync.own_epoch_state(before, rank, 2) for rank in (0, 1)] == before
     after = [sync.own_epoch_state(before, rank, 3) for rank in (0, 1, 2)]
-    assert [position.step for position in after] == [30, 30, 30]
-    assert sum(position.num_rows for position in after) == 480
-    assert sum(position.num_correct for position in after) == 410
-    assert sum(position.loss_sum for position in after) == 3.75
-    assert all(not position.states for position in after)
+    assert [state.step for state in after] == [30, 30, 30]
+    assert sum(state.num_rows for state in after) == 480
+    assert sum(state.num_correct for state in after) == 410
+    assert sum(state.loss_sum for state in after) == 3.75
+    assert all(not state.states for state in after)
 
 
 def tensors(rows: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> Batch:
