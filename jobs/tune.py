@@ -101,12 +101,12 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
         if not early["--search-id"]:
             raise UserError(f"{asked} needs --search-id with the name of the search to continue")
         config.check_run_id(early["--search-id"], name="--search-id")
-        from fashion.search import state
+        from fashion.search import stored_settings
         from fashion.storage import open_storage
 
         storage = open_storage(early["--storage"] or cli.DEFAULT_STORAGE)
-        if asked == "--resume" or storage.exists(*state.state_place(early["--search-id"])):
-            return of_stored(*state.stored_settings(storage, early["--search-id"])), True
+        if asked == "--resume" or storage.exists(*stored_settings.settings_place(early["--search-id"])):
+            return of_stored(*stored_settings.stored_settings(storage, early["--search-id"])), True
     preset = config.preset(early["--preset"] or "default")
     return Flags(global_batch_size=preset.global_batch_size, max_train_rows=preset.max_train_rows), False
 

@@ -63,12 +63,12 @@ LANES = {
     "tests/cluster/test_submit.py": "heads",
     "tests/inference/test_export.py": "others",
     "tests/ablation/test_study.py": "others",
-    "tests/cluster/test_preflight.py": "others",
+    "tests/cluster/test_storage_access.py": "others",
     "tests/distributed/test_interfaces.py": "others",
     "tests/jobs/test_commands.py": "commands",
 }
 # They import Ray, which takes as long as many quick tests.
-IMPORT_RAY = {f"test_{name}.py" for name in ("export", "preflight", "search", "study", "trainer")}
+IMPORT_RAY = {f"test_{name}.py" for name in ("export", "storage_access", "search", "study", "trainer")}
 
 
 def lane_of(nodeid: str) -> str:

@@ -33,13 +33,19 @@ from torch import nn
 
 from fashion import cli, config
 from fashion.config import TrainConfig, UserError
-from fashion.data import archives, splits
+from fashion.data import archives, loading
 from fashion.data.manifest import DATA_FOLDER, FORMAT_VERSION, SPLITS, Manifest, load_manifest
 from fashion.data.rows import Split, to_table
 from fashion.reports import runs, schemas, tables
 from fashion.search import trial_store
 from fashion.search.space import SearchConfig
-from fashion.search.state import check_same_search, read_state, state_place, stored_settings, write_state
+from fashion.search.stored_settings import (
+    check_same_search,
+    read_settings,
+    settings_place,
+    stored_settings,
+    write_settings,
+)
 from fashion.storage import Storage, read_parquet
 from fashion.training import checkpoint, metrics
 from fashion.training.checkpoint import DamagedCheckpoint
@@ -279,7 +285,7 @@ def test_manifests(storage: Storage) -> None:
         put(storage, hostile_json(rng, valid), *DATA_FOLDER, "manifest.json")
         manifest = load_manifest(storage)
         for split in SPLITS:
-            for path in splits.split_paths(storage, manifest, split):
+            for path in loading.split_paths(storage, manifest, split):
                 assert Path(path).parent == Path(storage.path(*DATA_FOLDER, split))
 
     fuzz(parse, told="manifest.json")
@@ -297,7 +303,7 @@ def test_rows(storage: Storage) -> None:
         content = damaged(rng, damaged_footer(rng, rng.choice(valid)))
         put(storage, content, *DATA_FOLDER, "val", name)
         manifest = config.build(Manifest, manifest_of({name: content}, 4))
-        rows = splits.load_split(storage, manifest, "val")
+        rows = loading.load_split(storage, manifest, "val")
         assert rows.images.shape == (4, 28, 28) and rows.labels.max() < 10
 
     fuzz(parse, told=storage.show(*DATA_FOLDER, "val"))
@@ -411,11 +417,11 @@ def test_trials(storage: Storage) -> None:
 def test_states_of_searches(storage: Storage) -> None:
     identity = {"dataset": "fashion-mnist", "dataset_sha256": "0", "source_hash": "0"}
     space = SearchConfig(padding=("zeros", "partial"), weight_decay=(0.1, 0.2), first=('{"lr": 0.1}',))
-    write_state(storage, "s", space, TrainConfig(), identity)
-    valid = json.loads(storage.read_bytes(*state_place("s")))
+    write_settings(storage, "s", space, TrainConfig(), identity)
+    valid = json.loads(storage.read_bytes(*settings_place("s")))
 
     def parse(rng: Random) -> None:
-        put(storage, hostile_json(rng, valid), *state_place("s"))
+        put(storage, hostile_json(rng, valid), *settings_place("s"))
         found, base = stored_settings(storage, "s")
         check_settings(base)
         found.draw(0)
@@ -661,7 +667,7 @@ def test_no_id_leads_out_of_the_storage(storage: Storage, name: str) -> None:
             if not name and not more:
                 continue  # stands for a name of our own
             assert outcome(lambda m=module, n=named, x=more: m.main([*flags, f"{n}={name}", *x]), named) == "refused"
-    assert outcome(lambda: read_state(storage, name), "--search-id") == "refused"
+    assert outcome(lambda: read_settings(storage, name), "--search-id") == "refused"
     assert not Path(storage.root).exists()
 
 

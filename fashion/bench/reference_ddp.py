@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fashion.bench import reference_process
 from fashion.config import NUM_CLASSES
-from fashion.data import splits
+from fashion.data import loading
 from fashion.data.manifest import load_manifest
 from fashion.data.rows import Split
 from fashion.model.network import NUM_PARAMETERS, count_parameters
@@ -99,7 +99,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=flags.tuned)
     storage = open_storage(flags.storage)
     manifest = load_manifest(storage)
-    rows = splits.load_split(storage, manifest, "train")
+    rows = loading.load_split(storage, manifest, "train")
     dataset = torchvision_dataset(rows, manifest.pixel_mean, manifest.pixel_std)
     batches = endless(dataset, flags.batch_size // dist.get_world_size())
     for steps in requests_on_all_ranks():

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from fashion.bench import reference_process
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, preset
+from fashion.data.loading import load_split
 from fashion.data.manifest import load_manifest
 from fashion.data.rows import joined
-from fashion.data.splits import load_split
 from fashion.storage import Storage, open_storage
 
 NUM_PARAMETERS = 7_001_194  # as model.network.NUM_PARAMETERS, whose import would load torch

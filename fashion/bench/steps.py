@@ -27,7 +27,7 @@ from fashion.bench.measurement import (
 )
 from fashion.cluster import connection
 from fashion.config import IMAGE_SIZE, ScaleConfig, TrainConfig
-from fashion.data import manifest, splits
+from fashion.data import loading, manifest
 from fashion.distributed import ingest, worker
 from fashion.storage import Storage
 from fashion.training import loop
@@ -132,7 +132,7 @@ def ingest_vs_naive_ray(storage: Storage, scale: ScaleConfig, repeats: int) -> l
     Both sides run in the same workers, which reserve half a CPU each, because Ray Data's read tasks need CPUs too.
     """
     config = TrainConfig(epochs=1)
-    dataset = splits.open_dataset(storage, manifest.load_manifest(storage), "train").map_batches(decode)
+    dataset = loading.open_dataset(storage, manifest.load_manifest(storage), "train").map_batches(decode)
     rates, threads = run_in_workers(
         time_resident_and_streamed,
         storage,

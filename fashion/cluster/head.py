@@ -67,7 +67,7 @@ def own_pids(state: dict[str, Any]) -> list[int]:
     return pids
 
 
-def read_state() -> dict[str, Any] | None:
+def read_settings() -> dict[str, Any] | None:
     """Return the state that `up` wrote, or None if there is none or that head is gone.
 
     Another process that has got the head's id since lacks the head's temporary folder on its command line.
@@ -106,7 +106,7 @@ def up(extra: list[str]) -> str:
     Returns a line for the user. Exits with code 2 if Ray does not start.
     """
     port = dashboard_port()
-    if state := read_state():
+    if state := read_settings():
         return f"Ray runs already at {state['url']} (pid {state['pid']})."
     down()  # removes what a head that crashed left behind
     env = head_environment()
@@ -147,7 +147,7 @@ def down() -> str:
     if not STATE.exists():
         return "Ray is not up; nothing to stop."
     state = json.loads(STATE.read_text())
-    if read_state():
+    if read_settings():
         os.kill(state["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while (left := own_pids(state)) and time.monotonic() < deadline:
@@ -182,7 +182,7 @@ def get_json(state: dict[str, Any], path: str) -> Any:
 
 def running_head() -> dict[str, Any]:
     """Return the state of the running head; exits with one line unless it answers and accepts the token."""
-    state = read_state()
+    state = read_settings()
     if state is None:
         refuse("Ray is not up; run `make up`")
     get_json(state, "/api/version")

@@ -19,9 +19,9 @@ from pyarrow import fs as pafs
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
 from fashion.cluster.plan import Plan, make_plan
-from fashion.cluster.preflight import check_every_node_sees
+from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
-from fashion.data import preparation, shards, splits
+from fashion.data import loading, preparation, shards
 from fashion.data.manifest import SPLITS, Manifest, check_same_data, check_source, find_manifest
 from fashion.data.rows import Split, joined
 from fashion.distributed.callbacks import EpochReporter, TrackingCallback, read_step
@@ -120,7 +120,7 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
         plan = make_plan(config, scale, manifest)
         announce(plan)
         for split in SPLITS:
-            splits.load_split(storage, manifest, split)  # finds a damaged file before anything is written
+            loading.load_split(storage, manifest, split)  # finds a damaged file before anything is written
         # Before the `runs` row is written: a server that refuses must not leave a row that says "running" for ever.
         trackers = [MLflowRun(spec.mlflow, spec.run_id, config.to_dict())] if spec.mlflow else []
         return run_and_record(PlannedRun(storage, spec, plan, manifest, trackers), stored)
@@ -262,7 +262,7 @@ def build_trainer(run: PlannedRun, say: Callable[[str], None]) -> LeanTrainer:
     streamed = {}
     if config.data_mode == "streaming":
         # Ray Train splits this set among the workers; every other set is cut into blocks by row number here.
-        streamed = {"train": splits.open_dataset(storage, run.manifest, "train").limit(plan.num_train_rows)}
+        streamed = {"train": loading.open_dataset(storage, run.manifest, "train").limit(plan.num_train_rows)}
     return LeanTrainer(
         train_loop_per_worker,
         train_loop_config=worker_settings(storage, run.manifest, config, plan)
@@ -331,9 +331,9 @@ def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_
 
 def load_rows(storage: Storage, manifest: Manifest, config: TrainConfig, split: str) -> Split:
     """Return a split's rows; those of train include those of val unless val is held out."""
-    rows = splits.load_split(storage, manifest, split)
+    rows = loading.load_split(storage, manifest, split)
     if split == "train" and not config.hold_out_val:
-        return joined(rows, splits.load_split(storage, manifest, "val"))
+        return joined(rows, loading.load_split(storage, manifest, "val"))
     return rows
 
 

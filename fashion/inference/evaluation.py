@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fashion.cluster.plan import Plan
 from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, require
-from fashion.data import splits
+from fashion.data import loading
 from fashion.data.manifest import check_same_data, load_manifest
 from fashion.data.rows import from_table, to_table
 from fashion.data.shards import shard_bounds
@@ -126,7 +126,7 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
     """
     manifest = load_manifest(storage)
     check_same_data(storage, manifest, row)
-    rows = to_table(splits.load_split(storage, manifest, split))
+    rows = to_table(loading.load_split(storage, manifest, split))
     task = ray.remote(num_cpus=plan.cpus_per_worker, num_gpus=1 if plan.use_gpu else None)(classify)
     spec = ModelSpec(
         storage=storage.uri,

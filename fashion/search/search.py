@@ -16,7 +16,7 @@ from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
-from fashion.cluster.preflight import check_every_node_sees
+from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
@@ -28,7 +28,7 @@ from fashion.search.plan import SearchPlan, make_search_plan
 from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
 from fashion.search.scheduler import replay_scheduler, trial_name
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.state import check_new_search, check_same_search, read_state, write_state
+from fashion.search.stored_settings import check_new_search, check_same_search, read_settings, write_settings
 from fashion.search.trial import CHECKPOINTS, remove_workers, train_trial
 from fashion.search.trial_store import Trial, TrialStore
 from fashion.storage import Storage
@@ -115,7 +115,7 @@ def search(
     manifest = find_manifest(storage) or preparation.prepare(storage, options.source)[0]
     check_source(storage, manifest, options.source)
     if options.resume:
-        check_same_data(storage, manifest, read_state(storage, search_id))
+        check_same_data(storage, manifest, read_settings(storage, search_id))
     storage.check_writable(schemas.SEARCHES_FOLDER, schemas.REPORTS_FOLDER)
     with NameLock(storage, schemas.SEARCHES_FOLDER, search_id, "--search-id"):
         if not options.resume:
@@ -126,7 +126,7 @@ def search(
         announce(plan)
         spec = SearchSpec(storage, search_id, base, scale, plan, manifest, options)
         identity = trainer.identity_columns(base, manifest)
-        write_state(storage, search_id, config, base, identity)
+        write_settings(storage, search_id, config, base, identity)
         store = TrialStore(storage, search_id, config, identity, base.to_dict())
         points = pending_points(store)
         if points:

@@ -17,7 +17,7 @@ import pytest
 from conftest import REAL_DATA, assert_refused, call_job
 
 from fashion.config import UserError
-from fashion.data import archives, preparation, shards, splits, synthetic
+from fashion.data import archives, loading, preparation, shards, synthetic
 from fashion.data.manifest import DATA_FOLDER, SPLITS, load_manifest
 from fashion.data.preparation import combined_sha256
 from fashion.data.rows import from_table
@@ -29,7 +29,7 @@ def test_prepare_splits_every_row_once(storage: Storage, lenient: Path) -> None:
     manifest, written = preparation.prepare(storage, str(lenient), val_rows=305, seed=3)
     assert written
     assert manifest.rows == {"train": 2695, "val": 305, "test": 500}
-    train, val = (splits.load_split(storage, manifest, split) for split in ("train", "val"))
+    train, val = (loading.load_split(storage, manifest, split) for split in ("train", "val"))
     assert sorted([*train.index, *val.index]) == list(range(3000))
     images, labels = archives.read_pair(lenient, "train")
     for split in (train, val):
@@ -119,7 +119,7 @@ def test_another_seed_takes_another_val(tmp_path: Path, lenient: Path) -> None:
     for seed in (0, 0, 1):
         storage = open_storage(str(tmp_path / f"{len(index)}"))
         manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300, seed=seed)
-        index.append(splits.load_split(storage, manifest, "val").index.tolist())
+        index.append(loading.load_split(storage, manifest, "val").index.tolist())
     assert index[0] == index[1]
     assert index[0] != index[2]
 
@@ -146,22 +146,22 @@ def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> No
         sums = pool.map(_prepare, [task, task])
     manifest = load_manifest(storage)
     assert sums == [manifest.sha256] * 2
-    assert [len(splits.load_split(storage, manifest, split).labels) for split in SPLITS] == [2700, 300, 500]
+    assert [len(loading.load_split(storage, manifest, split).labels) for split in SPLITS] == [2700, 300, 500]
 
 
 @pytest.mark.parametrize("state", ["damaged", "missing"])
 def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, lenient: Path, state: str) -> None:
     manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
-    path = Path(splits.split_paths(storage, manifest, "val")[0])
+    path = Path(loading.split_paths(storage, manifest, "val")[0])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink() if state == "missing" else path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path} is {state}; remove (.*) and prepare again") as told:
-        splits.load_split(storage, manifest, "val")
+        loading.load_split(storage, manifest, "val")
     shutil.rmtree(str(told.value).split()[4])
     again, written = preparation.prepare(storage, str(lenient), val_rows=300)
     assert written
-    assert len(splits.load_split(storage, again, "val").labels) == 300
+    assert len(loading.load_split(storage, again, "val").labels) == 300
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_sum_that_fits_proves_nothing(storage: Storage, lenient: Path, content
     told = "holds 299 rows, not 300" if content is None else f"{path} is damaged"
     files = manifest.files | {"val": {name: archives.file_sha256(path)}}
     with pytest.raises(UserError, match=rf"{told}.*; remove .* and prepare again"):
-        splits.load_split(storage, dataclasses.replace(manifest, files=files), "val")
+        loading.load_split(storage, dataclasses.replace(manifest, files=files), "val")
 
 
 # --- wrong archives -----------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_the_official_archives(storage: Storage) -> None:
 
 def test_a_slice_of_a_table_keeps_its_images(storage: Storage, lenient: Path) -> None:
     manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
-    table = pq.read_table(splits.split_paths(storage, manifest, "test")[0])
+    table = pq.read_table(loading.split_paths(storage, manifest, "test")[0])
     whole, part = from_table(table), from_table(table.slice(100, 7))
     assert (whole.images[100:107] == part.images).all()
 

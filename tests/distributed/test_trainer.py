@@ -24,8 +24,8 @@ import jobs.train
 from fashion.cluster.plan import make_plan
 from fashion.config import FaultConfig, Precision, ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.data import preparation, shards, synthetic
+from fashion.data.loading import load_split, open_dataset
 from fashion.data.manifest import load_manifest
-from fashion.data.splits import load_split, open_dataset
 from fashion.distributed import trainer
 from fashion.inference import evaluation
 from fashion.reports import provenance

@@ -18,8 +18,8 @@ from documents import MAKEFILE, complaints, shell_lines
 from fashion.config import TrainConfig
 from fashion.reports import runs, tables
 from fashion.reports.schemas import SCHEMAS
-from fashion.search import state
 from fashion.search.space import SearchConfig
+from fashion.search.stored_settings import write_settings
 from fashion.storage import open_storage
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -41,7 +41,7 @@ def small_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tables.write_table(storage, table, run_id, [{name: row[name] for name in SCHEMAS[table].names}])
     assert runs.stored_config(storage, "mine") == TrainConfig()
     told = {"dataset": "fashion-mnist", "dataset_sha256": "", "source_hash": ""}
-    state.write_state(storage, "mine", SearchConfig(), TrainConfig(), told)
+    write_settings(storage, "mine", SearchConfig(), TrainConfig(), told)
     (folder / "docs").symlink_to(ROOT / "docs")
     return folder
 

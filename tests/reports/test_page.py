@@ -21,9 +21,9 @@ from conftest import run_job
 
 from fashion.config import UserError
 from fashion.data import preparation
+from fashion.data.loading import split_paths
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
-from fashion.data.splits import split_paths
 from fashion.reports import classification, tables
 from fashion.reports.page import build, matplotlib_png, predictions, reading, runs, searches, studies
 from fashion.storage import Storage, open_storage

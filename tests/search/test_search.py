@@ -26,7 +26,7 @@ from fashion.config import TrainConfig, UserError
 from fashion.data import preparation, synthetic
 from fashion.reports import tables, tracking
 from fashion.reports.runs import load_run, stored_config
-from fashion.search import search, state
+from fashion.search import search, stored_settings
 from fashion.search.sampler import build_sampler, pending_points
 from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
 from fashion.search.space import SearchConfig, SearchScale
@@ -486,6 +486,6 @@ def test_a_replayed_scheduler_decides_as_one_that_never_stopped(tmp_path: Path) 
 
 
 def test_stored_settings_come_back(ray_cluster: None, unbroken: search.SearchResult, prepared: Storage) -> None:
-    config, base = state.stored_settings(prepared, "unbroken")
+    config, base = stored_settings.stored_settings(prepared, "unbroken")
     assert config.rungs == CONFIG.rungs
     assert base == replace(BASE, epochs=3)

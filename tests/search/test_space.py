@@ -12,13 +12,13 @@ import pytest
 from fashion.config import TrainConfig, UserError
 from fashion.reports import runs, tables
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.state import (
+from fashion.search.stored_settings import (
     STATE_VERSION,
     check_new_search,
     check_same_search,
-    state_place,
+    settings_place,
     stored_settings,
-    write_state,
+    write_settings,
 )
 from fashion.search.trial_store import TrialStore
 from fashion.storage import Storage
@@ -159,7 +159,7 @@ def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage:
     base = TrainConfig(epochs=3)
     identity = {"dataset": "fashion-mnist", "dataset_sha256": "0", "source_hash": "0"}
     check_new_search(storage, "s")
-    write_state(storage, "s", CONFIG, base, identity)
+    write_settings(storage, "s", CONFIG, base, identity)
     with pytest.raises(UserError, match="--search-id s exists already"):
         check_new_search(storage, "s")
     check_same_search(storage, "s", CONFIG, base)
@@ -174,7 +174,7 @@ def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage:
         b"[]",
         *(json.dumps(whole | {name: 1}).encode() for name in ("search", "base")),
     ):
-        storage.write_bytes(state, *state_place("s"))
+        storage.write_bytes(state, *settings_place("s"))
         with pytest.raises(UserError, match=r"search.json is damaged \(.*\); start another search"):
             stored_settings(storage, "s")
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError
-from fashion.data import splits
+from fashion.data import loading
 from fashion.data.manifest import find_manifest
 from fashion.reports.page.content import (
     BLACK,
@@ -195,7 +195,7 @@ def load_images(storage: Storage, run: Row, split: str, index: Sequence[int]) ->
             return "The images are not shown: this storage holds no prepared data."
         if manifest.sha256 != run["dataset_sha256"]:
             return "The images are not shown: the prepared data in this storage is not what the run was trained on."
-        rows = splits.load_split(storage, manifest, split)
+        rows = loading.load_split(storage, manifest, split)
     except (UserError, pa.ArrowException, OSError) as error:
         return f"The images are not shown: {' '.join(str(error).split())}"
     images = dict(zip(rows.index.tolist(), rows.images, strict=True))

@@ -13,12 +13,12 @@ STATE_VERSION = 2
 """Version of the format of `STATE_FILE`; a search of another version is not resumed."""
 
 
-def state_place(search_id: str) -> tuple[str, ...]:
+def settings_place(search_id: str) -> tuple[str, ...]:
     """Return the path of a search's `STATE_FILE`, as parts below the storage root."""
     return (schemas.SEARCHES_FOLDER, search_id, STATE_FILE)
 
 
-def write_state(
+def write_settings(
     storage: Storage, search_id: str, config: SearchConfig, base: TrainConfig, identity: dict[str, Any]
 ) -> None:
     """Write the search's settings, and the columns of `identity` that name its data and its code."""
@@ -28,16 +28,16 @@ def write_state(
         "base": base.to_dict(),
         **{name: identity[name] for name in ("dataset", "dataset_sha256", "source_hash")},
     }
-    storage.write_bytes(json.dumps(state, indent=2).encode(), *state_place(search_id))
+    storage.write_bytes(json.dumps(state, indent=2).encode(), *settings_place(search_id))
 
 
-def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
-    """Return what `write_state` wrote.
+def read_settings(storage: Storage, search_id: str) -> dict[str, Any]:
+    """Return what `write_settings` wrote.
 
     Raises `UserError` if the search does not exist, or if its file is damaged or of another version.
     """
     check_run_id(search_id, name="--search-id")
-    place = state_place(search_id)
+    place = settings_place(search_id)
     require(storage.exists(*place), f"--search-id {search_id} does not exist in {storage.uri}; leave out --resume")
     try:
         state = parse_object(storage.read_bytes(*place))
@@ -49,12 +49,12 @@ def read_state(storage: Storage, search_id: str) -> dict[str, Any]:
 
 
 def stored_settings(storage: Storage, search_id: str) -> tuple[SearchConfig, TrainConfig]:
-    """Return the settings that a search was started with; raises `UserError` as `read_state` does."""
-    state = read_state(storage, search_id)
+    """Return the settings that a search was started with; raises `UserError` as `read_settings` does."""
+    state = read_settings(storage, search_id)
     try:
         return SearchConfig.from_dict(state["search"]), TrainConfig.from_dict(state["base"])
     except (ValueError, KeyError) as error:
-        place = storage.show(*state_place(search_id))
+        place = storage.show(*settings_place(search_id))
         raise UserError(f"{place} is damaged ({error}); start another search") from error
 
 
