@@ -521,13 +521,13 @@ def make(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, made
 
 
-def make_averaged(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+def make_with_ema(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
     """Return the same, but the network that is trained last, and an average of it first."""
     trained, made = make(optimizer)
-    average = start_ema(trained)
-    for parameter in average.parameters():
+    ema = start_ema(trained)
+    for parameter in ema.parameters():
         parameter.mul_(0.5)
-    return average, made, trained
+    return ema, made, trained
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer, trained: nn.Module | None = None) -> str:
@@ -550,8 +550,8 @@ def test_checkpoints(one_thread: None) -> None:
     """Damaged after the sums were made, and before: then they fit."""
     saved = {name: checkpoint.encode(*make(name), PROGRESS) for name in ("sgd", "adam", "muon")}
     targets: dict[str, Any] = {name: make(name) for name in saved}
-    average, made, trained = targets["average"] = make_averaged("adam")
-    saved["average"] = checkpoint.encode(average, made, PROGRESS, trained)
+    ema, made, trained = targets["ema"] = make_with_ema("adam")
+    saved["ema"] = checkpoint.encode(ema, made, PROGRESS, trained)
     untouched = {name: everything(*target) for name, target in targets.items()}
 
     def parse(rng: Random) -> None:

@@ -169,19 +169,19 @@ def test_it_shows_a_place_as_a_uri_that_opens(place: Storage) -> None:
     assert open_storage(place.show("runs")).read_bytes("file") == b"here"
 
 
-def test_a_claim_is_renewed_and_refused_and_lapses(port: int) -> None:
-    place = open_storage(uri_of(port, "bucket/claims"))
+def test_a_lock_is_renewed_and_refused_and_lapses(port: int) -> None:
+    place = open_storage(uri_of(port, "bucket/locks"))
 
-    def claim() -> NameLock:
+    def lock_name() -> NameLock:
         return NameLock(place, "runs", "mine", "--run-id", heartbeat_s=1.0)
 
-    with claim():
+    with lock_name():
         owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
-        with pytest.raises(UserError, match=owner), claim():
+        with pytest.raises(UserError, match=owner), lock_name():
             pass
     assert not place.exists("runs", ".claims", "mine")
-    claim()._write(7)  # of somebody who was killed
-    with claim():
+    lock_name()._write(7)  # of somebody who was killed
+    with lock_name():
         pass
 
 

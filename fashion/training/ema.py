@@ -33,11 +33,11 @@ def ema_decay_at(step: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update `average`, in place, after `step`: average = average * d + model * (1 - d), where d is `ema_decay_at`.
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Update `ema`, in place, after `step`: ema = ema * d + model * (1 - d), where d is `ema_decay_at`.
 
     Ranks have the same weights after a step, so they compute the same average without exchanging anything. torch's
     `AveragedModel` is not used: it would copy its count of steps from the GPU in every step.
     """
     share = 1.0 - ema_decay_at(step, decay)
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), share)

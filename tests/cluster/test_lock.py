@@ -22,7 +22,7 @@ import sys, time
 from fashion.cluster.lock import NameLock
 from fashion.storage import open_storage
 with NameLock(open_storage(sys.argv[1]), "runs", "mine", "--run-id"):
-    print("claimed", flush=True)
+    print("locked", flush=True)
     time.sleep(600)
 """
 
@@ -34,24 +34,24 @@ def without_locks(storage: Storage) -> Storage:
     return replace(storage, fs=pafs.SubTreeFileSystem("/", storage.fs))
 
 
-def claim(storage: Storage, name: str = "mine") -> NameLock:
+def lock_name(storage: Storage, name: str = "mine") -> NameLock:
     return NameLock(storage, "runs", name, "--run-id", heartbeat_s=0.2)
 
 
 @pytest.mark.parametrize("kind", ["storage", "without_locks"])
 def test_the_second_is_refused_and_told_who_has_it(request: pytest.FixtureRequest, kind: str) -> None:
     place: Storage = request.getfixturevalue(kind)
-    with claim(place), claim(place, "other"):
+    with lock_name(place), lock_name(place, "other"):
         owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
-        with pytest.raises(UserError, match=owner), claim(place):
+        with pytest.raises(UserError, match=owner), lock_name(place):
             pass
-    with claim(place):
+    with lock_name(place):
         pass
     assert not place.exists("runs", ".claims", "mine")
 
 
 def test_a_claim_leaves_nothing_behind(storage: Storage) -> None:
-    with claim(storage):
+    with lock_name(storage):
         pass
     assert not storage.exists("runs")
 
@@ -60,20 +60,20 @@ def test_a_claim_leaves_nothing_behind(storage: Storage) -> None:
 def test_a_killed_owner_has_no_claim(storage: Storage) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, storage.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout is not None
-    assert holder.stdout.readline() == "claimed\n"
-    with pytest.raises(UserError, match=f"process {holder.pid} of"), claim(storage):
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} of"), lock_name(storage):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    with claim(storage):
+    with lock_name(storage):
         pass
 
 
 def test_an_owner_without_heartbeats_has_no_lock(without_locks: Storage) -> None:
-    left = claim(without_locks)
+    left = lock_name(without_locks)
     left._write_object(7)
-    with claim(without_locks):
+    with lock_name(without_locks):
         pass
 
 
@@ -82,7 +82,7 @@ def test_of_many_that_come_at_once_one_gets_it(storage: Storage) -> None:
 
     def compete() -> None:
         try:
-            with claim(open_storage(storage.uri)):
+            with lock_name(open_storage(storage.uri)):
                 outcomes.append("had it")
                 time.sleep(0.5)
         except UserError:

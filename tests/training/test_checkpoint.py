@@ -109,29 +109,29 @@ def test_what_the_run_cannot_use_is_refused_though_its_sums_fit(saved: tuple[Pat
 
 def averaged() -> tuple[dict[str, bytes], nn.Module, nn.Module, torch.optim.Optimizer]:
     """Return a checkpoint, the average in it, the network that was trained, and its optimizer."""
-    (average, _), (trained, optimizer) = make(2), make(0)
+    (ema, _), (trained, optimizer) = make(2), make(0)
     step(trained, optimizer)
-    return checkpoint.encode(average, optimizer, PROGRESS, trained), average, trained, optimizer
+    return checkpoint.encode(ema, optimizer, PROGRESS, trained), ema, trained, optimizer
 
 
 def test_an_average_and_what_goes_on_are_restored_each_to_its_own() -> None:
-    files, average, trained, optimizer = averaged()
+    files, ema, trained, optimizer = averaged()
     assert list(files)[-1] == checkpoint.MANIFEST
     checkpoint.check(files.__getitem__)
-    (other_average, _), (other, other_optimizer) = make(3), make(4)
-    checkpoint.restore(files.__getitem__, other_average, other_optimizer, whole, other)
+    (other_ema, _), (other, other_optimizer) = make(3), make(4)
+    checkpoint.restore(files.__getitem__, other_ema, other_optimizer, whole, other)
     for pair in ((trained, optimizer), (other, other_optimizer)):
         step(*pair)
-    for one, two in ((average, other_average), (trained, other)):
+    for one, two in ((ema, other_ema), (trained, other)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     # Whoever evaluates reads the average under the name that weights always have.
     found = checkpoint.load_weights(files[checkpoint.WEIGHTS])
-    assert all(torch.equal(found[name], value) for name, value in average.state_dict().items())
+    assert all(torch.equal(found[name], value) for name, value in ema.state_dict().items())
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "missing", "unnamed", "of another network"])
 def test_damage_of_the_trained_weights_is_noticed_and_changes_nothing(damage: str) -> None:
-    files, average, trained, optimizer = averaged()
+    files, ema, trained, optimizer = averaged()
     content = bytearray(files[checkpoint.TRAINED])
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -141,7 +141,7 @@ def test_damage_of_the_trained_weights_is_noticed_and_changes_nothing(damage: st
         content = bytearray()
     files[checkpoint.TRAINED] = bytes(content)
     if damage == "of another network":
-        files = checkpoint.encode(average, optimizer, PROGRESS, nn.Linear(4, 9))
+        files = checkpoint.encode(ema, optimizer, PROGRESS, nn.Linear(4, 9))
     elif damage == "unnamed":
         named = {name: files[name] for name in checkpoint.FILES}
         files[checkpoint.MANIFEST] = checkpoint.manifest_of(named).encode()

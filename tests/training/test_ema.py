@@ -36,16 +36,16 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_the_average_is_the_recurrence_by_hand(decay: float) -> None:
     torch.manual_seed(0)
     model = Small()
-    average = start_ema(model)
+    ema = start_ema(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = values_of(model)
     for step in range(1, STEPS + 1):
         update(model, optimizer)
-        update_ema(average, model, decay, step)
+        update_ema(ema, model, decay, step)
         share = min(decay, (1 + step) / (10 + step))
         expected = share * expected + (1 - share) * values_of(model)
-        assert torch.allclose(values_of(average), expected, atol=1e-6), step
-    assert not any(parameter.requires_grad for parameter in average.parameters())
+        assert torch.allclose(values_of(ema), expected, atol=1e-6), step
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -53,15 +53,15 @@ def test_the_average_has_the_latest_statistics_of_the_network_and_leaves_them_al
     """Also those that are read from a checkpoint later on."""
     torch.manual_seed(0)
     model, other = Small(), Small()
-    average = start_ema(model)
+    ema = start_ema(model)
     update(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    update_ema(average, model, 0.5, 1)
+    update_ema(ema, model, 0.5, 1)
     assert model.norm.running_mean.abs().min() > 0
     for network in (model, other):
         model.load_state_dict(network.state_dict())
         expected = {name: value.clone() for name, value in network.named_buffers()}
-        average.eval()(torch.randn(8, 1, 4, 4))
-        assert all(torch.equal(value, expected[name]) for name, value in average.named_buffers())
+        ema.eval()(torch.randn(8, 1, 4, 4))
+        assert all(torch.equal(value, expected[name]) for name, value in ema.named_buffers())
 
 
 def test_the_share_that_stays_rises_to_the_decay() -> None:
@@ -76,20 +76,20 @@ def test_the_share_that_stays_rises_to_the_decay() -> None:
 def test_what_the_network_began_with_is_gone_after_the_first_steps(decay: float) -> None:
     """A weight that was 1 at first and is 0 after every step: what is left of it in the average."""
     model = nn.Linear(1, 1)
-    average = start_ema(model)
+    ema = start_ema(model)
     with torch.no_grad():
-        for tensor, value in ((average.weight, 1.0), (model.weight, 0.0)):
+        for tensor, value in ((ema.weight, 1.0), (model.weight, 0.0)):
             tensor.fill_(value)
     for step in range(1, 51):
-        update_ema(average, model, decay, step)
-    assert 0 < average.weight.item() < 1e-5
+        update_ema(ema, model, decay, step)
+    assert 0 < ema.weight.item() < 1e-5
 
 
 def test_an_average_lies_in_memory_as_the_network_does() -> None:
     """Else each step of the average would read and write in different orders."""
     model = FashionCNN(pixel_mean=0.3, pixel_std=0.35).to(memory_format=torch.channels_last)
-    average = start_ema(model)
-    strides = [[each.stride() for each in network.parameters()] for network in (model, average)]
+    ema = start_ema(model)
+    strides = [[each.stride() for each in network.parameters()] for network in (model, ema)]
     assert strides[0] == strides[1]
-    assert average.conv2.weight.is_contiguous(memory_format=torch.channels_last)
-    assert average.conv2.weight.data_ptr() != model.conv2.weight.data_ptr()
+    assert ema.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ema.conv2.weight.data_ptr() != model.conv2.weight.data_ptr()
