@@ -149,7 +149,9 @@ def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: S
 
 def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, tiny_storage: Storage) -> None:
     """The notice that a cloud gives of a spot machine: checkpoints come of epochs' ends and of the notice alone."""
-    flags = [*train_flags(tiny_storage, "warned"), "--global-batch-size=8", "--checkpoint-every-s=1000000"]
+    epochs = 5
+    flags = [*train_flags(tiny_storage, "warned", epochs=epochs), "--global-batch-size=8"]
+    flags += ["--checkpoint-every-s=1000000"]
     watched = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     job = start(whole, "warned", "jobs.train", *flags, **watched)
     wait_for(lambda: tables.read_table(tiny_storage, "epochs", "warned"), "first epoch")
@@ -159,7 +161,7 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     assert done.returncode == 0, done.stdout + done.stderr
     wait_for(lambda: any("-step-" in name for name in tiny_storage.list("runs", "warned")), "checkpoint in an epoch")
     assert job.wait(300) == 0, log_of(whole, "warned").read_text()
-    assert runs.load_run(tiny_storage, "warned")["epochs_done"] == EPOCHS
+    assert runs.load_run(tiny_storage, "warned")["epochs_done"] == epochs
     whole.kill(lost)
 
 
