@@ -43,23 +43,25 @@ def nodes_without_storage(
     """Return the addresses of the `nodes` that do not find `content` in the file `marker`, each with the reason.
 
     A task on each node reads the file, all of them at once; they reserve no CPU, so they run beside anything else.
+    Nodes that left the cluster meanwhile are left out: nothing will run there.
     """
     task = ray.remote(num_cpus=0, max_retries=0)(read_marker)
-    addresses = {}
+    asked = {}
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        addresses[task.options(scheduling_strategy=strategy).remote(storage.uri, marker)] = node["NodeManagerAddress"]
-    finished, _ = ray.wait(list(addresses), num_returns=len(addresses), timeout=SECONDS_TO_ANSWER)
+        asked[task.options(scheduling_strategy=strategy).remote(storage.uri, marker)] = node
+    finished, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     failures = {}
-    for reference, address in addresses.items():
+    for reference, node in asked.items():
         read, reason = "", f"no answer in {SECONDS_TO_ANSWER:g} s"
         if reference in finished:
             try:
                 read, reason = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = last_line(error)
-        if read != content:
-            failures[address] = reason or "another file of that name is there"
+        if read != content and node["NodeID"] in alive:
+            failures[node["NodeManagerAddress"]] = reason or "another file of that name is there"
     return failures
 
 

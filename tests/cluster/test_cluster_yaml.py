@@ -207,6 +207,8 @@ def test_ray_up_exec_and_down(machines: Hosts, tiny_storage: Storage, tmp_path: 
         wait_for(lambda host=host: any("raylet" in line for line in machines.processes(host).values()), "raylet")
         token = host.home / ".ray" / "auth_token"
         assert (token.read_text(), token.stat().st_mode & 0o777) == (machines.token.read_text(), 0o600)
+    status = {"RAY_ADDRESS": f"{head.address}:6379"}
+    wait_for(lambda: " CPU" in machines.run(head, "ray", "status", **status).stdout, "node with a CPU")
     flags = "--run-id launched --source auto --preset smoke --precision fp32 --max-train-rows 256 --epochs 1"
     job = f"python -m jobs.train {flags} --num-workers 1"
     submit = f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {job}"

@@ -201,12 +201,13 @@ def test_a_trials_workers_are_on_different_hosts(whole: Hosts, tiny_storage: Sto
 
 
 def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: Storage) -> None:
-    search = ["--search-id", "sought", "--num-samples", "3", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
+    search = ["--search-id", "sought", "--num-samples", "4", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
+    search += ["--global-batch-size", "16"]
     job = start(whole, "sought", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
     wait_for(lambda: len(hosts_of(whole, "ray::ImplicitFunc.train")) > 1, "trials on two hosts")
     whole.kill(host_of(whole, "ray::ImplicitFunc.train"))
     assert job.wait(300) == 0, log_of(whole, "sought").read_text()
-    for number in range(3):
+    for number in range(4):
         [row] = tables.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
         assert (row["status"], row["epochs_done"]) == ("completed", 2)
     refit = runs.load_run(tiny_storage, "sought-refit")
