@@ -3,12 +3,17 @@
 import logging
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from fashion.cluster.address import check_address
 from fashion.config import RAY_ENVIRONMENT
+
+# The longest temporary folder, in bytes, in which Ray's sockets get a path of the 107 bytes that the kernel takes.
+LONGEST_TEMPORARY_FOLDER = 107 - len("/ray/session_2026-01-31_09-30-00_123456_1234567/sockets/plasma_store")
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -16,7 +21,7 @@ def connect(num_cpus: int | None = None) -> None:
 
     A cluster that starts here has `num_cpus` logical CPUs, by default as many as the machine. Does nothing more than
     silence Ray's libraries if this process is connected already. A variable of the environment that the user has set
-    stays as it is.
+    stays as it is. Raises `UserError` if no cluster answers at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers run in the driver's environment; without this Ray would build it anew under `uv run`.
@@ -24,8 +29,10 @@ def connect(num_cpus: int | None = None) -> None:
     if not ray.is_initialized():
         # Workers' output stays in Ray's log folder: what a person needs comes back as rows, results and exceptions.
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS", "local") == "local":
+        address = os.environ.get("RAY_ADDRESS", "").strip() or "local"
+        if address == "local":
             provide_token()
+            provide_temporary_folder()
             options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
             # Nobody preempts this machine, so Ray need not watch for that.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -34,6 +41,8 @@ def connect(num_cpus: int | None = None) -> None:
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             for name, value in RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
+        else:
+            check_address(address)
         ray.init(**options)
     quieten()
 
@@ -59,3 +68,16 @@ def provide_token() -> None:
     has_file = (Path.home() / ".ray" / "auth_token").exists()
     if not has_file and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def provide_temporary_folder() -> None:
+    """Let Ray keep its files in /tmp if the path of the temporary folder is too long for its sockets, and say so."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    size = len(os.fsencode(os.environ.get(name, "")))
+    if size > LONGEST_TEMPORARY_FOLDER:
+        print(
+            f"warning: {name} has {size} bytes, and Ray's sockets leave room for {LONGEST_TEMPORARY_FOLDER}: "
+            "Ray keeps its files in /tmp/ray",
+            file=sys.stderr,
+        )
+        os.environ["RAY_TMPDIR"] = "/tmp"  # noqa: S108 - it is Ray's own default

@@ -14,6 +14,9 @@ from fashion.config import UserError
 from fashion.reports.schemas import REPORTS_FOLDER, SCHEMA_VERSION, SCHEMAS
 from fashion.storage import Storage, read_parquet
 
+SMALL_TABLE_ROWS = 1000
+"""Tables of fewer rows are written plainly."""
+
 
 def write_table(
     storage: Storage, table: str, run_id: str, rows: list[dict[str, Any]] | pa.Table, *, part: str = ""
@@ -40,8 +43,16 @@ def encode(table: str, rows: list[dict[str, Any]] | pa.Table) -> pa.Buffer:
             raise ValueError(f"table {table} has no column {', '.join(unknown)}")
         rows = pa.Table.from_pylist(rows, schema=schema)
     content = rows.cast(schema).replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)})
+    # Of a few rows, dictionaries, statistics and compression take four times as long to write as the rows themselves.
+    is_large = len(content) >= SMALL_TABLE_ROWS
     sink = pa.BufferOutputStream()
-    pq.write_table(content, sink, compression="zstd")
+    pq.write_table(
+        content,
+        sink,
+        compression="zstd" if is_large else "none",
+        use_dictionary=is_large,
+        write_statistics=is_large,
+    )
     return sink.getvalue()
 
 
@@ -73,6 +84,8 @@ def in_schema(table: str, rows: pa.Table) -> pa.Table:
 
     Raises `ValueError` if a column occurs twice, or holds values of another type.
     """
+    if rows.schema.equals(SCHEMAS[table]):  # as nearly always, and 4 ms quicker than column by column
+        return rows.replace_schema_metadata(SCHEMAS[table].metadata)
     columns: list[pa.Array] = []
     for field in SCHEMAS[table]:
         found = [rows.column(k) for k, name in enumerate(rows.column_names) if name == field.name]
