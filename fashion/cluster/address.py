@@ -43,7 +43,7 @@ def parse_address(address: str) -> tuple[str, str, int]:
     scheme, _, rest = address.rpartition("://")
     require(
         scheme in ("", "ray"),
-        f"RAY_ADDRESS={address} begins with {scheme}://, as the address of a dashboard may; {WAYS_OUT}",
+        f"RAY_ADDRESS={address} begins with {scheme}://, as addresses for `ray job submit` do; {WAYS_OUT}",
     )
     try:
         parts = urlsplit(f"//{rest}")
