@@ -64,6 +64,7 @@ LANES = {
     "tests/inference/test_export.py": "others",
     "tests/ablation/test_study.py": "others",
     "tests/cluster/test_storage_access.py": "others",
+    "tests/cluster/test_address.py": "others",
     "tests/distributed/test_interfaces.py": "others",
     "tests/jobs/test_commands.py": "commands",
 }

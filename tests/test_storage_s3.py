@@ -180,7 +180,7 @@ def test_a_lock_is_renewed_and_refused_and_lapses(port: int) -> None:
         with pytest.raises(UserError, match=owner), lock_name():
             pass
     assert not place.exists("runs", ".claims", "mine")
-    lock_name()._write(7)  # of somebody who was killed
+    lock_name()._write_object(7)  # of somebody who was killed
     with lock_name():
         pass
 
