@@ -57,7 +57,7 @@ def test_a_claim_leaves_nothing_behind(storage: Storage) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_owner_has_no_claim(storage: Storage) -> None:
+def test_a_killed_owner_holds_no_lock(storage: Storage) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, storage.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"

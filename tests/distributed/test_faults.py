@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_when_there_is_room(
     assert_unharmed(filling_disk, "full", unbroken("fp32"))
 
 
-def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_claim(
+def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_lock(
     storage: Storage, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """Three hours ahead, in the middle of a run, for all of its processes: a library in front of libc's tells them.
