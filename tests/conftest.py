@@ -243,7 +243,7 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 300) -> None:
     """Wait until `condition()` is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
