@@ -55,7 +55,7 @@ class Storage:
 
     def show(self, *parts: str) -> str:
         """Return the path of `parts` in the form in which users write it, for messages."""
-        base, mark, query = self.uri.partition("?")
+        base, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return "/".join((base.rstrip("/"), *parts)) + mark + query
 
     def exists(self, *parts: str) -> bool:

@@ -19,6 +19,7 @@ from fashion import cli
 from fashion.data import archives as archives_module
 from fashion.data import preparation, synthetic
 from fashion.data.archives import ARCHIVES, file_sha256
+from fashion.data.manifest import DATA_FOLDER, Manifest
 from fashion.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ LANES = {
     "test_a_run_survives_a_kill_and_a_store_that_falls_silent": "faults",
     "test_what_it_left_is_evaluated_and_shown": "faults",
     "tests/distributed/test_trainer.py": "distributed",
+    "tests/data/test_loading.py": "distributed",
     "tests/search/test_search.py": "search",
     "tests/test_storage_s3.py": "s3",
     "test_a_run_shrinks_with_its_cluster_and_grows_again": "elastic",
@@ -157,6 +159,11 @@ def prepare_archives(storage: Storage, archives: Path, val_rows: int = 100) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
         preparation.prepare(storage, str(archives), val_rows=val_rows)
+
+
+def split_paths(storage: Storage, manifest: Manifest, split: str) -> list[str]:
+    """Return the paths of a split's Parquet files, in the order of their rows."""
+    return [storage.path(*DATA_FOLDER, split, name) for name in manifest.files[split]]
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import split_paths
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -285,7 +286,7 @@ def test_manifests(storage: Storage) -> None:
         put(storage, hostile_json(rng, valid), *DATA_FOLDER, "manifest.json")
         manifest = load_manifest(storage)
         for split in SPLITS:
-            for path in loading.split_paths(storage, manifest, split):
+            for path in split_paths(storage, manifest, split):
                 assert Path(path).parent == Path(storage.path(*DATA_FOLDER, split))
 
     fuzz(parse, told="manifest.json")

@@ -92,7 +92,9 @@ def run_in_workers(
     scale.check_batch(config.global_batch_size)
     manifest = load_manifest(storage)
     plan = make_plan(config, scale, manifest)
-    settings = trainer.worker_settings(storage, manifest, config, plan) | options
+    settings = (
+        trainer.worker_settings(storage, manifest, config, plan, trainer.read_rows(storage, manifest, config)) | options
+    )
     rates = run_group(work, settings, trainer.scaling_config(plan), datasets)
     return rates, plan.threads_per_worker * max(plan.num_workers)
 

@@ -132,7 +132,7 @@ def ingest_vs_naive_ray(storage: Storage, scale: ScaleConfig, repeats: int) -> l
     Both sides run in the same workers, which reserve half a CPU each, because Ray Data's read tasks need CPUs too.
     """
     config = TrainConfig(epochs=1)
-    dataset = loading.open_dataset(storage, manifest.load_manifest(storage), "train").map_batches(decode)
+    dataset = loading.open_dataset(storage, manifest.load_manifest(storage), ["train"]).map_batches(decode)
     rates, threads = run_in_workers(
         time_resident_and_streamed,
         storage,

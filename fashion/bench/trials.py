@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from fashion.bench.measurement import Measurement, inverse
 from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.data.manifest import load_manifest
-from fashion.distributed import worker
+from fashion.distributed import trainer, worker
 from fashion.reports.runs import load_run
 from fashion.search import search, trial
 from fashion.search.plan import make_search_plan
@@ -63,7 +63,8 @@ def bare_loops(storage: Storage, config: TrainConfig, scale: SearchScale, repeat
     """Return the seconds of each of `repeats` bare loops in one process; one more runs first, to warm up."""
     manifest = load_manifest(storage)
     plan = make_search_plan(SearchConfig(max_epochs=config.epochs), config, scale, manifest)
-    shared = search.shared_by_trials(storage, "bare", SearchConfig(), config, plan, manifest)
+    spec = search.SearchSpec(storage, "bare", config, scale, plan, manifest, search.SearchOptions())
+    shared = search.shared_by_trials(spec, SearchConfig(), trainer.read_rows(storage, manifest, config))
     looper = ray.remote(num_cpus=plan.trial.cpus_per_worker)(time_bare_loop)
     return list(ray.get(looper.remote(config.to_dict(), shared, repeats)))
 

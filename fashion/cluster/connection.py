@@ -56,8 +56,9 @@ def quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # This logger warns that the progress bars are off, which is intended.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # These loggers warn that the progress bars are off, which is intended, and of a damaged file, whose name follows.
+    for name in ("ray.data._internal.progress", "ray.data._internal.datasource.parquet_datasource"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def provide_token() -> None:

@@ -1,9 +1,17 @@
-"""Exact shards: which rows belong to a rank of W, and rows in Ray's object store as blocks that fit any such W."""
+"""Exact shards: which rows belong to a rank of W, and the rows themselves, out of blocks in Ray's object store.
+
+Ray Train's own split (`streaming_split(equal=True)`) drops rows, and gives a block to whichever worker asks first. With
+shards by row number, a rank gets the same rows in every run, and blocks need not be cut for each number of workers.
+"""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fashion.data.rows import Split, to_table
+import pyarrow as pa
+
+from fashion.data.rows import SCHEMA, Split, from_table
 
 if TYPE_CHECKING:
     import ray
@@ -17,35 +25,67 @@ def shard_bounds(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return num_rows * rank // world_size, num_rows * (rank + 1) // world_size
 
 
-def block_bounds(num_rows: int, min_workers: int, max_workers: int) -> list[int]:
-    """Return the bounds of blocks from which every shard of `min_workers` to `max_workers` workers can be put together.
+@dataclass(frozen=True)
+class StoredRows:
+    """Consecutive rows in Ray's object store: references to the blocks (Arrow tables) that hold them.
 
-    Block k holds the rows from `bounds[k]` up to, not including, `bounds[k + 1]`; the first bound is 0 and the last one
-    `num_rows`. With them an elastic run keeps its blocks when its number of workers changes.
+    Block k holds the rows numbered from `bounds[k]` up to, not including, `bounds[k + 1]`. These rows are those from
+    `start` up to, not including, `stop`; the first and the last block may hold others as well.
     """
-    bounds = {0, num_rows}
-    for world_size in range(min_workers, max_workers + 1):
-        bounds |= {shard_bounds(num_rows, rank, world_size)[0] for rank in range(world_size)}
-    return sorted(bounds)
 
+    references: "tuple[ray.ObjectRef, ...]"
+    bounds: tuple[int, ...]
+    start: int
+    stop: int
 
-def blocks_of_shard(bounds: list[int], rank: int, world_size: int) -> list[int]:
-    """Return the numbers of the blocks that make up a rank's shard; `bounds` are those of `block_bounds`."""
-    start, stop = shard_bounds(bounds[-1], rank, world_size)
-    assert {start, stop} <= set(bounds), (start, stop, bounds)
-    return [k for k in range(len(bounds) - 1) if start <= bounds[k] and bounds[k + 1] <= stop]
+    @classmethod
+    def of_blocks(cls, references: "Sequence[ray.ObjectRef]", num_rows: Sequence[int]) -> "StoredRows":
+        """Return all rows of blocks that hold `num_rows` rows each, in this order."""
+        assert len(references) == len(num_rows), (len(references), len(num_rows))
+        bounds = (0, *itertools.accumulate(num_rows))
+        return cls(tuple(references), bounds, 0, bounds[-1])
 
+    def __len__(self) -> int:
+        return self.stop - self.start
 
-def put_blocks(rows: Split, bounds: list[int]) -> "list[ray.ObjectRef]":
-    """Put `rows` into the object store as a Ray Dataset with blocks between `bounds`; return references to the blocks.
+    def part(self, first: int, end: int) -> "StoredRows":
+        """Return the rows from the `first` of these up to, not including, the `end`, without the blocks of others."""
+        assert 0 <= first <= end <= len(self), (first, end, len(self))
+        start, stop = self.start + first, self.start + end
+        blocks = [
+            number
+            for number, (lower, upper) in enumerate(itertools.pairwise(self.bounds))
+            if max(lower, start) < min(upper, stop)
+        ]
+        if not blocks:
+            return StoredRows((), (start,), start, start)
+        chosen = slice(blocks[0], blocks[-1] + 1)
+        return StoredRows(self.references[chosen], self.bounds[chosen.start : chosen.stop + 1], start, stop)
 
-    Ray Train's own split (`streaming_split(equal=True)`) drops rows, and gives a block to whichever worker asks first;
-    with blocks chosen by row number, a rank gets the same rows in every run. Workers get their blocks with `ray.get`;
-    Ray Data's own executor would start two actors, 8 s of CPU, for that one copy.
-    """
-    import ray.data
+    def followed_by(self, others: "StoredRows") -> "StoredRows":
+        """Return these rows and `others`, which must be the next rows in the same blocks' numbering."""
+        assert self.stop == others.start, (self.stop, others.start)
+        # A block that holds the last of these and the first of `others` is in both.
+        shared = 1 if self.references and others.references and self.bounds[-1] > others.bounds[0] else 0
+        references = self.references + others.references[shared:]
+        return StoredRows(references, self.bounds + others.bounds[shared + 1 :], self.start, others.stop)
 
-    table = to_table(rows)
-    blocks = [table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds)]
-    # Of Ray's ways to make a Dataset, this one starts no task.
-    return list(ray.data.from_blocks(blocks).to_arrow_refs()) if blocks else []
+    def shard(self, rank: int, world_size: int) -> "StoredRows":
+        """Return the shard of a rank."""
+        return self.part(*shard_bounds(len(self), rank, world_size))
+
+    def pull(self) -> Split:
+        """Bring the blocks to this node, and return the rows; those of one block are not copied."""
+        import ray
+
+        tables = [
+            block.slice(max(self.start - lower, 0), min(self.stop, upper) - max(self.start, lower))
+            for block, (lower, upper) in zip(
+                ray.get(list(self.references)), itertools.pairwise(self.bounds), strict=True
+            )
+        ]
+        # Ray Data adds metadata to the schema.
+        columns = [table.select(SCHEMA.names).cast(SCHEMA) for table in tables]
+        rows = from_table(pa.concat_tables(columns) if columns else SCHEMA.empty_table())
+        assert len(rows.labels) == len(self), (len(rows.labels), len(self))
+        return rows

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
 
 from fashion.config import TrainConfig
-from fashion.data import shards
 from fashion.data.rows import SCHEMA, Split, from_table
 from fashion.training.batches import Augmentation, Batch, stream_seed
 from fashion.training.run import Rank, Shards, resident_batches
@@ -26,7 +24,7 @@ def open_shards(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Sh
 
     `settings` are those of `worker.train_loop_per_worker`.
     """
-    num_train_rows = settings["bounds"]["train"][-1]
+    num_train_rows = settings["num_train_rows"]
     num_steps = config.steps_per_epoch(num_train_rows)
     train_batches: Callable[[int], Iterator[Batch]]
     if config.data_mode == "streaming":
@@ -38,7 +36,7 @@ def open_shards(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Sh
         train_batches=train_batches,
         val=pull_shard("val", settings, rank),
         num_train_rows=num_train_rows,
-        num_val_rows=settings["bounds"]["val"][-1],
+        num_val_rows=len(settings["rows"]["val"]),
         pixel_mean=settings["pixel_mean"],
         pixel_std=settings["pixel_std"],
     )
@@ -46,13 +44,7 @@ def open_shards(config: TrainConfig, settings: dict[str, Any], rank: Rank) -> Sh
 
 def pull_shard(split: str, settings: dict[str, Any], rank: Rank) -> Batch:
     """Pull this rank's rows from the object store onto its device, once: (N, 1, 28, 28) uint8 and (N,) int64."""
-    bounds, references = settings["bounds"][split], settings["blocks"][split]
-    numbers = shards.blocks_of_shard(bounds, rank.rank, rank.world_size)
-    tables = list(as_tables(ray.get([references[number] for number in numbers])))
-    rows = from_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
-    start, stop = shards.shard_bounds(bounds[-1], rank.rank, rank.world_size)
-    assert len(rows.labels) == stop - start, (split, len(rows.labels), start, stop)
-    return to_tensors(rows, rank.device)
+    return to_tensors(settings["rows"][split].shard(rank.rank, rank.world_size).pull(), rank.device)
 
 
 def as_tables(batches: Iterable[Any]) -> Iterator[pa.Table]:

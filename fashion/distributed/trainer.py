@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -21,9 +21,9 @@ from fashion.cluster.lock import NameLock
 from fashion.cluster.plan import Plan, make_plan
 from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
-from fashion.data import loading, preparation, shards
+from fashion.data import loading, preparation
 from fashion.data.manifest import SPLITS, Manifest, check_same_data, check_source, find_manifest
-from fashion.data.rows import Split, joined
+from fashion.data.shards import StoredRows
 from fashion.distributed.callbacks import EpochReporter, TrackingCallback, read_step
 from fashion.distributed.lean_trainer import LeanTrainer
 from fashion.distributed.worker import train_loop_per_worker
@@ -71,6 +71,8 @@ class PlannedRun:
     spec: RunSpec
     plan: Plan
     manifest: Manifest
+    rows: Mapping[str, StoredRows]
+    """Rows in the object store: `val`, `test`, and `train` unless it is streamed."""
     trackers: Sequence[MLflowRun] = ()
 
 
@@ -119,11 +121,10 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
         check_every_node_sees(storage)
         plan = make_plan(config, scale, manifest)
         announce(plan)
-        for split in SPLITS:
-            loading.load_split(storage, manifest, split)  # finds a damaged file before anything is written
+        rows = read_rows(storage, manifest, config)  # finds a damaged file before anything is written
         # Before the `runs` row is written: a server that refuses must not leave a row that says "running" for ever.
         trackers = [MLflowRun(spec.mlflow, spec.run_id, config.to_dict())] if spec.mlflow else []
-        return run_and_record(PlannedRun(storage, spec, plan, manifest, trackers), stored)
+        return run_and_record(PlannedRun(storage, spec, plan, manifest, rows, trackers), stored)
 
 
 def stored_row(storage: Storage, spec: RunSpec) -> dict[str, Any]:
@@ -200,7 +201,9 @@ def run_or_explain(run: PlannedRun) -> dict[str, Any]:
     try:
         columns = fit_and_choose(run)
         if columns["status"] == "completed":
-            scores = evaluation.evaluate_run(run.storage, run.spec.run_id, columns, split="test", plan=run.plan)
+            scores = evaluation.evaluate_run(
+                run.storage, run.spec.run_id, columns, split="test", plan=run.plan, rows=run.rows["test"]
+            )
             columns |= {"test_loss": scores.loss, "test_accuracy": scores.accuracy, "test_rows": scores.num_rows}
     except (KeyboardInterrupt, SystemExit):
         # Ctrl-C, or the SIGTERM of `ray job stop`, which Ray turns into SystemExit.
@@ -257,15 +260,15 @@ def summarise_error(error: BaseException | str) -> str:
 
 
 def build_trainer(run: PlannedRun, say: Callable[[str], None]) -> LeanTrainer:
-    """Put the run's rows into the object store and return its trainer, which calls `say` with a line per epoch."""
+    """Return the run's trainer, which calls `say` with a line per epoch."""
     storage, config, plan, run_id = run.storage, run.spec.config, run.plan, run.spec.run_id
     streamed = {}
     if config.data_mode == "streaming":
-        # Ray Train splits this set among the workers; every other set is cut into blocks by row number here.
-        streamed = {"train": loading.open_dataset(storage, run.manifest, "train").limit(plan.num_train_rows)}
+        # Ray Train splits this set among the workers; of every other set, a rank pulls its rows by their numbers.
+        streamed = {"train": loading.open_dataset(storage, run.manifest, ["train"]).limit(plan.num_train_rows)}
     return LeanTrainer(
         train_loop_per_worker,
-        train_loop_config=worker_settings(storage, run.manifest, config, plan)
+        train_loop_config=worker_settings(storage, run.manifest, config, plan, run.rows)
         | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults)},
         datasets=streamed,
         scaling_config=scaling_config(plan, run.spec.faults.resize_every_s),
@@ -291,23 +294,33 @@ def tensorboard_writers(storage: Storage, run_id: str, config: TrainConfig) -> l
     return [TensorBoard(storage.path(schemas.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 
 
-def worker_settings(storage: Storage, manifest: Manifest, config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Put the rows into the object store, and return the settings that `worker.train_loop_per_worker` takes.
+def read_rows(storage: Storage, manifest: Manifest, config: TrainConfig) -> dict[str, StoredRows]:
+    """Read all splits into the object store, apart from a `train` that is to be streamed, whose files are verified.
 
-    They lack `folder`, which the caller adds.
+    Raises `UserError` if a file is missing or damaged.
     """
-    num_rows = {"train": plan.num_train_rows, "val": plan.num_val_rows}
-    bounds = {split: shards.block_bounds(rows, *plan.num_workers) for split, rows in num_rows.items()}
-    resident = ("train", "val") if config.data_mode == "resident" else ("val",)
+    if config.data_mode == "streaming":
+        loading.verify_files(storage, manifest, "train")
+        return loading.read_splits(storage, manifest, ["val", "test"])
+    return loading.read_splits(storage, manifest, SPLITS)
+
+
+def worker_settings(
+    storage: Storage, manifest: Manifest, config: TrainConfig, plan: Plan, rows: Mapping[str, StoredRows]
+) -> dict[str, Any]:
+    """Return the settings that `worker.train_loop_per_worker` takes, but for `folder`, which the caller adds."""
+    own = {"val": rows["val"].part(0, plan.num_val_rows)}
+    if "train" in rows:
+        # In the order of the files val follows train, so a run without val trains on both.
+        trained = rows["train"] if config.hold_out_val else rows["train"].followed_by(rows["val"])
+        own["train"] = trained.part(0, plan.num_train_rows)
     return {
         "config": config.to_dict(),
         "threads": plan.threads_per_worker,
         "pixel_mean": manifest.pixel_mean,
         "pixel_std": manifest.pixel_std,
-        "bounds": bounds,
-        "blocks": {
-            split: shards.put_blocks(load_rows(storage, manifest, config, split), bounds[split]) for split in resident
-        },
+        "num_train_rows": plan.num_train_rows,
+        "rows": own,
         "show_bar": sys.stdout.isatty(),
         "storage": storage.uri,
         "faults": asdict(FaultConfig()),
@@ -327,14 +340,6 @@ def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_
         resources_per_worker=plan.resources_per_worker(),
         elastic_resize_monitor_interval_s=resize_every_s,
     )
-
-
-def load_rows(storage: Storage, manifest: Manifest, config: TrainConfig, split: str) -> Split:
-    """Return a split's rows; those of train include those of val unless val is held out."""
-    rows = loading.load_split(storage, manifest, split)
-    if split == "train" and not config.hold_out_val:
-        return joined(rows, loading.load_split(storage, manifest, "val"))
-    return rows
 
 
 def outcome_columns(run: PlannedRun, result: ray.train.Result) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, 
 from fashion.data import loading
 from fashion.data.manifest import check_same_data, load_manifest
 from fashion.data.rows import from_table, to_table
-from fashion.data.shards import shard_bounds
+from fashion.data.shards import StoredRows, shard_bounds
 from fashion.model.network import FashionCNN, place
 from fashion.reports import classification, runs, schemas, tables
 from fashion.storage import Storage, open_storage
@@ -50,8 +50,8 @@ class ModelSpec:
     use_gpu: bool
 
 
-def classify(rows: pa.Table, spec: ModelSpec) -> pa.Table:
-    """Classify rows of `data.rows.SCHEMA`; return index, label, predicted, probabilities and loss. Runs as a Ray task.
+def classify(stored: StoredRows, spec: ModelSpec) -> pa.Table:
+    """Classify rows of the object store; return index, label, predicted, probabilities and loss. Runs as a Ray task.
 
     Raises as `load_model` does.
     """
@@ -59,6 +59,7 @@ def classify(rows: pa.Table, spec: ModelSpec) -> pa.Table:
     device = torch.device("cuda" if spec.use_gpu else "cpu")
     config = TrainConfig.from_dict(spec.config)
     model = load_model(open_storage(spec.storage), spec.folder, config, device)
+    rows = to_table(stored.pull())
     batches = (rows.slice(start, ROWS_PER_BATCH) for start in range(0, len(rows), ROWS_PER_BATCH))
     return pa.concat_tables(classify_batch(model, batch, spec.precision, device, config.tta) for batch in batches)
 
@@ -117,16 +118,17 @@ def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: t
     )
 
 
-def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa.Table:
+def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan, rows: StoredRows | None = None) -> pa.Table:
     """Classify `split` with the chosen checkpoint of the `runs` row `row`; return predictions sorted by index.
 
-    Starts one Ray task per worker, each on its shard; Ray retries a task whose process dies. Raises `UserError` if the
-    storage holds other data than the run was trained on, and `AssertionError` unless every row of the split came back
-    exactly once.
+    `rows` are those of the split if they are in the object store already; otherwise Ray Data reads them. Starts one Ray
+    task per worker, each on its shard; Ray retries a task whose process dies. Raises `UserError` if the storage holds
+    other data than the run was trained on, and `AssertionError` unless every row of the split came back exactly once.
     """
     manifest = load_manifest(storage)
     check_same_data(storage, manifest, row)
-    rows = to_table(loading.load_split(storage, manifest, split))
+    if rows is None:
+        rows = loading.read_splits(storage, manifest, [split])[split]
     task = ray.remote(num_cpus=plan.cpus_per_worker, num_gpus=1 if plan.use_gpu else None)(classify)
     spec = ModelSpec(
         storage=storage.uri,
@@ -136,7 +138,7 @@ def predict(storage: Storage, row: dict[str, Any], split: str, plan: Plan) -> pa
         threads=plan.threads_per_worker,
         use_gpu=plan.use_gpu,
     )
-    parts = [task.remote(rows.slice(start, stop - start), spec) for start, stop in shards(len(rows), plan)]
+    parts = [task.remote(rows.part(start, stop), spec) for start, stop in shards(len(rows), plan)]
     table = pa.concat_tables(ray.get(parts)).sort_by("index")
     index = table["index"].to_numpy()
     assert len(index) == len(rows) == len(np.unique(index)), (len(index), len(rows))
@@ -150,13 +152,15 @@ def shards(num_rows: int, plan: Plan) -> list[tuple[int, int]]:
     return [(first * ROWS_PER_BATCH, min(end * ROWS_PER_BATCH, num_rows)) for first, end in bounds if first < end]
 
 
-def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan) -> Scores:
+def evaluate_run(
+    storage: Storage, run_id: str, row: dict[str, Any], *, split: str, plan: Plan, rows: StoredRows | None = None
+) -> Scores:
     """Evaluate a run's chosen checkpoint on `split`; write the tables `predictions`, `classes` and `confusion`.
 
-    `row` is the run's `runs` row, one that `check_run` has accepted or that training has just written. Each split has
-    its own files, so evaluations of a run on different splits may run at the same time.
+    `row` is the run's `runs` row, one that `check_run` has accepted or that training has just written; `rows` is as for
+    `predict`. Each split has its own files, so evaluations of a run on different splits may run at the same time.
     """
-    table = predict(storage, row, split, plan)
+    table = predict(storage, row, split, plan, rows)
     labels, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
     matrix = classification.confusion_matrix(labels, predicted)
     rows_by_table = {
@@ -164,7 +168,7 @@ def evaluate_run(storage: Storage, run_id: str, row: dict[str, Any], *, split: s
         "classes": classification.class_rows(matrix),
         "confusion": classification.confusion_rows(matrix),
     }
-    for name, rows in rows_by_table.items():
-        tables.write_table(storage, name, run_id, [{"split": split} | each for each in rows], part=split)
+    for name, split_rows in rows_by_table.items():
+        tables.write_table(storage, name, run_id, [{"split": split} | each for each in split_rows], part=split)
     losses = table["loss"].to_numpy().astype(np.float64)
     return Scores(float(losses.mean()), float((labels == predicted).mean()), len(labels))

@@ -7,7 +7,7 @@ trials; to go on, a fresh scheduler is shown every result again, and unfinished 
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
+from fashion.data.shards import StoredRows
 from fashion.distributed import trainer
 from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
@@ -126,11 +127,12 @@ def search(
         announce(plan)
         spec = SearchSpec(storage, search_id, base, scale, plan, manifest, options)
         identity = trainer.identity_columns(base, manifest)
-        write_settings(storage, search_id, config, base, identity)
         store = TrialStore(storage, search_id, config, identity, base.to_dict())
         points = pending_points(store)
+        rows = trainer.read_rows(storage, manifest, base) if points else {}  # a damaged file is found here
+        write_settings(storage, search_id, config, base, identity)
         if points:
-            run_trials(spec, store, points)
+            run_trials(spec, store, points, rows)
     trials = store.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
@@ -147,12 +149,17 @@ def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> T
     return replace(base, epochs=config.max_epochs, stop_after=0, seed=config.seed)
 
 
-def run_trials(spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]]) -> None:
-    """Run `points` on Ray Tune and write down what becomes of each; the trials' checkpoints are gone afterwards."""
+def run_trials(
+    spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]], rows: Mapping[str, StoredRows]
+) -> None:
+    """Run `points` on Ray Tune, all on the same `rows`, and write down what becomes of each.
+
+    The trials' checkpoints are gone afterwards.
+    """
     quieten_tune()
     storage, search_id, base, scale, plan = spec.storage, spec.search_id, spec.base, spec.scale, spec.plan
     config = store.config
-    shared = shared_by_trials(storage, search_id, config, base, plan, spec.manifest)
+    shared = shared_by_trials(spec, config, rows)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
@@ -200,21 +207,14 @@ def quieten_tune() -> None:
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a list of the trials that failed
 
 
-def shared_by_trials(
-    storage: Storage,
-    search_id: str,
-    config: SearchConfig,
-    base: TrainConfig,
-    plan: SearchPlan,
-    manifest: Manifest,
-) -> dict[str, Any]:
-    """Return what `trial.train_trial` is told, the rows in the object store once for all trials."""
-    workers = config.workers_per_trial
-    settings = trainer.worker_settings(storage, manifest, base, plan.trial) | {"show_bar": False}
+def shared_by_trials(spec: SearchSpec, config: SearchConfig, rows: Mapping[str, StoredRows]) -> dict[str, Any]:
+    """Return what `trial.train_trial` is told; the `rows` are in the object store once for all trials."""
+    workers, plan = config.workers_per_trial, spec.plan
+    settings = trainer.worker_settings(spec.storage, spec.manifest, spec.base, plan.trial, rows) | {"show_bar": False}
     shared = settings | {
-        "base": base.to_dict(),
-        "storage": storage.uri,
-        "search_id": search_id,
+        "base": spec.base.to_dict(),
+        "storage": spec.storage.uri,
+        "search_id": spec.search_id,
         "workers_per_trial": workers,
         "use_gpu": plan.trial.use_gpu,
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA, assert_refused, call_job
+from conftest import REAL_DATA, assert_refused, call_job, split_paths
 
 from fashion.config import UserError
 from fashion.data import archives, loading, preparation, shards, synthetic
@@ -152,7 +153,7 @@ def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> No
 @pytest.mark.parametrize("state", ["damaged", "missing"])
 def test_a_damaged_file_is_noticed_and_the_way_out_is_one(storage: Storage, lenient: Path, state: str) -> None:
     manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
-    path = Path(loading.split_paths(storage, manifest, "val")[0])
+    path = Path(split_paths(storage, manifest, "val")[0])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink() if state == "missing" else path.write_bytes(content)
@@ -277,7 +278,7 @@ def test_the_official_archives(storage: Storage) -> None:
 
 def test_a_slice_of_a_table_keeps_its_images(storage: Storage, lenient: Path) -> None:
     manifest, _ = preparation.prepare(storage, str(lenient), val_rows=300)
-    table = pq.read_table(loading.split_paths(storage, manifest, "test")[0])
+    table = pq.read_table(split_paths(storage, manifest, "test")[0])
     whole, part = from_table(table), from_table(table.slice(100, 7))
     assert (whole.images[100:107] == part.images).all()
 
@@ -291,13 +292,19 @@ def test_shards_cover_every_row_once(num_rows: int, world_size: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_one_set_of_blocks_serves_every_number_of_workers() -> None:
-    bounds = shards.block_bounds(1000, 2, 5)
-    for width in range(2, 6):
+@pytest.mark.parametrize("sizes", [[1000], [300, 300, 300, 100], [1] * 1000, [0, 999, 0, 1]])
+def test_one_set_of_blocks_serves_every_number_of_workers(sizes: list[int]) -> None:
+    """The references stand for the rows here: a shard has those of the blocks that overlap it, and no other."""
+    blocks = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    train = shards.StoredRows.of_blocks(blocks, sizes).part(10, 977)
+    for width in (1, 2, 3, 7, 256):
         for rank in range(width):
-            blocks = shards.blocks_of_shard(bounds, rank, width)
-            rows = [row for k in blocks for row in range(bounds[k], bounds[k + 1])]
-            assert rows == list(range(*shards.shard_bounds(1000, rank, width)))
+            shard = train.shard(rank, width)
+            first, end = shards.shard_bounds(967, rank, width)
+            assert (shard.start, shard.stop) == (10 + first, 10 + end)
+            overlapping = [(lower, upper) for lower, upper in blocks if max(lower, 10 + first) < min(upper, 10 + end)]
+            assert [each for each in shard.references if each[0] < each[1]] == overlapping
+            assert (shard.bounds[0], shard.bounds[-1]) == (overlapping[0][0], overlapping[-1][1])
 
 
 def test_storage_writes_whole_files_or_none(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import assert_refused, call_job, prepare_archives
+from conftest import assert_refused, call_job, prepare_archives, split_paths
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 import jobs.train
 from fashion.cluster.plan import make_plan
 from fashion.config import FaultConfig, Precision, ScaleConfig, TrainConfig, UserError, flag, preset
-from fashion.data import preparation, shards, synthetic
-from fashion.data.loading import load_split, open_dataset
+from fashion.data import synthetic
 from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer
 from fashion.inference import evaluation
@@ -74,7 +73,8 @@ def fit(storage: Storage, run_id: str, config: TrainConfig, num_workers: int | s
     manifest = load_manifest(storage)
     plan = make_plan(config, scale(num_workers), manifest)
     spec = trainer.RunSpec(run_id, config, scale(num_workers))
-    row = trainer.fit_and_choose(trainer.PlannedRun(storage, spec, plan, manifest))
+    rows = trainer.read_rows(storage, manifest, config)
+    row = trainer.fit_and_choose(trainer.PlannedRun(storage, spec, plan, manifest, rows))
     assert row["status"] == "completed", row
     return Fitted(row, read_table(storage, "epochs", run_id), weights_of(storage, row))
 
@@ -270,21 +270,18 @@ def test_every_row_counts_once_for_any_number_of_workers(ray_cluster: None, stor
     assert rows == [("train", 252), ("val", 101)]
 
 
-def test_shards_are_the_written_rows_in_their_order(
-    ray_cluster: None, few_archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_file_is_told_before_anything_is_written(
+    ray_cluster: None, few_archives: Path, tmp_path: Path
 ) -> None:
-    """Every shard, resident or streamed, is the rows of the files: the prefix that was asked for, none twice."""
-    monkeypatch.setattr(preparation, "ROWS_PER_FILE", 500)
     storage = open_storage(str(tmp_path))
     prepare_archives(storage, few_archives)
-    manifest = load_manifest(storage)
-    bounds = shards.block_bounds(1_507, 1, 3)
-    written = load_split(storage, manifest, "train").index[:1_507]
-    blocks = ray.get(shards.put_blocks(load_split(storage, manifest, "train"), bounds))
-    streamed = open_dataset(storage, manifest, "train").limit(1_507)
-    for tables in (blocks, streamed.iter_batches(batch_size=None, batch_format="pyarrow")):
-        assert [row for table in tables for row in table["index"].to_pylist()] == written.tolist()
-    assert shards.put_blocks(load_split(storage, manifest, "val"), shards.block_bounds(0, 1, 3)) == []
+    path = Path(split_paths(storage, load_manifest(storage), "test")[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    for mode in ("resident", "streaming"):
+        with pytest.raises(UserError, match=f"{path} is damaged; remove .* and prepare again"):
+            train(storage, "broken", replace(TINY, data_mode=mode), scale(2))
+    assert find_run(storage, "broken") is None
+    assert not storage.exists("runs", "broken")
 
 
 def test_a_diverged_run_stops_all_ranks_and_says_where(ray_cluster: None, storage: Storage) -> None:

@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_job
+from conftest import run_job, split_paths
 
 from fashion.config import UserError
 from fashion.data import preparation
-from fashion.data.loading import split_paths
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.reports import classification, tables
