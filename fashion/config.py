@@ -244,7 +244,11 @@ class ScaleConfig:
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """One GPU per worker; auto uses GPUs if the cluster has one for every worker."""
 
+    wait_for_nodes_s: float | None = None
+    """Seconds to wait for nodes where the cluster is too small, >= 0; by default 600 with an autoscaler, else 0."""
+
     def __post_init__(self) -> None:
+        check_wait(self.wait_for_nodes_s)
         match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.num_workers)
         require(
             match is not None, f"--num-workers {self.num_workers} must be a number such as 2, or MIN:MAX such as 1:2"
@@ -311,6 +315,14 @@ class FaultConfig:
             math.isfinite(self.resize_every_s) and self.resize_every_s >= 1,
             f"--resize-every-s {self.resize_every_s} must be a finite number of seconds, at least 1",
         )
+
+
+def check_wait(wait_for_nodes_s: float | None) -> None:
+    """Raise `UserError` unless the time to wait for nodes is none at all, or a finite number from 0 on."""
+    require(
+        wait_for_nodes_s is None or (math.isfinite(wait_for_nodes_s) and wait_for_nodes_s >= 0),
+        f"--wait-for-nodes-s {wait_for_nodes_s} must be a finite number of seconds, 0 or more",
+    )
 
 
 def flag(field_name: str) -> str:

@@ -1,5 +1,6 @@
 """Evaluate a run's chosen checkpoint on a split: predictions, metrics per class, and the confusion matrix."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog="python -m jobs.evaluate", description=__doc__ or "")
     config.check_run_id(flags.run_id)
     from fashion.cluster import connection
+    from fashion.cluster.nodes import NodesNotUp, wait_for_room
     from fashion.cluster.plan import make_plan
     from fashion.data.manifest import load_manifest
     from fashion.inference import evaluation, export
@@ -41,7 +43,11 @@ def main(argv: Sequence[str]) -> None:
     storage.check_writable(schemas.REPORTS_FOLDER)
     train_config = evaluation.check_run(storage, flags.run_id, row)
     connection.connect()
-    plan = make_plan(train_config, flags.scale, manifest)
+    try:
+        plan = wait_for_room(lambda: make_plan(train_config, flags.scale, manifest), flags.scale.wait_for_nodes_s)
+    except NodesNotUp as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     scores = evaluation.evaluate_run(storage, flags.run_id, row, split=flags.split, plan=plan)
     classes = [each for each in tables.read_table(storage, "classes", flags.run_id) if each["split"] == flags.split]
     console.print_classes(classes)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import ray
 import torch
 
-from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.cluster.nodes import NoRoom, live_nodes
+from fashion.config import ScaleConfig, TrainConfig
 from fashion.data.manifest import Manifest
 from fashion.training import loop
 
@@ -33,7 +33,7 @@ class Plan:
 
     def resources_per_worker(self) -> dict[str, float]:
         """Return what Ray reserves for each worker, as `ScalingConfig` takes it."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {})
+        return worker_resources(self.cpus_per_worker, self.use_gpu)
 
     def lines(self) -> list[str]:
         """Return the plan as text for the console, a line per topic."""
@@ -52,31 +52,35 @@ class Plan:
 
 def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Plan:
     """Return the plan of a run on the live cluster; raises `UserError` with the numbers if the cluster is too small."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = live_nodes()
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     low, high = scale.worker_range
     use_gpu = scale.use_gpu == "yes" or (scale.use_gpu == "auto" and gpus >= high)
-    require(
-        not use_gpu or gpus >= low,
-        f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
-        "use --use-gpu auto, or fewer workers",
-    )
+    if use_gpu and gpus < low:
+        raise NoRoom(
+            f"--use-gpu yes needs {low} GPU(s), one for each worker, and the cluster has {gpus:g}; "
+            "use --use-gpu auto, or fewer workers",
+            [worker_resources(scale.cpus_per_worker, use_gpu)] * low,
+        )
     # Ray Data needs a CPU of its own to stream rows, while the workers occupy theirs.
     reserved = 1 if config.data_mode == "streaming" else 0
     needed = low * scale.cpus_per_worker + reserved
-    require(
-        needed <= cpus,
-        f"--num-workers {scale.num_workers} needs {needed:g} CPUs ({low} x {scale.cpus_per_worker:g}"
-        + (" + 1 to read rows" if reserved else "")
-        + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
-    )
+    bundles = [worker_resources(scale.cpus_per_worker, use_gpu)] * low + [{"CPU": 1.0}] * reserved
+    if needed > cpus:
+        raise NoRoom(
+            f"--num-workers {scale.num_workers} needs {needed:g} CPUs ({low} x {scale.cpus_per_worker:g}"
+            + (" + 1 to read rows" if reserved else "")
+            + f") and the cluster has {cpus:g}; use fewer workers or a smaller --cpus-per-worker",
+            bundles,
+        )
     # A worker runs on one node: the nodes' spare parts of a worker's CPUs do not add up.
     places = sum(worker_places(node, scale.cpus_per_worker, 0.0) for node in nodes)
-    require(
-        low <= places,
-        f"--num-workers {scale.num_workers} of {scale.cpus_per_worker:g} CPUs do not fit: the cluster's "
-        f"{len(nodes)} nodes hold {places}; use fewer workers or a smaller --cpus-per-worker",
-    )
+    if low > places:
+        raise NoRoom(
+            f"--num-workers {scale.num_workers} of {scale.cpus_per_worker:g} CPUs do not fit: the cluster's "
+            f"{len(nodes)} nodes hold {places}; use fewer workers or a smaller --cpus-per-worker",
+            bundles,
+        )
     num_val_rows = manifest.rows["val"] if config.hold_out_val else 0
     num_train_rows = manifest.rows["train"] + manifest.rows["val"] - num_val_rows
     rows = min(num_train_rows, config.max_train_rows or num_train_rows)
@@ -96,6 +100,11 @@ def make_plan(config: TrainConfig, scale: ScaleConfig, manifest: Manifest) -> Pl
         num_nodes=len(nodes),
         dataset=f"{manifest.dataset} ({manifest.sha256[:12]})",
     )
+
+
+def worker_resources(cpus: float, use_gpu: bool) -> dict[str, float]:
+    """Return what Ray reserves for a worker of `cpus` CPUs."""
+    return {"CPU": cpus} | ({"GPU": 1.0} if use_gpu else {})
 
 
 def worker_places(node: dict[str, float], cpus: float, gpus: float) -> int:

@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
+from fashion.cluster.nodes import NodesNotUp, wait_for_room
 from fashion.cluster.plan import Plan, make_plan
 from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import FaultConfig, ScaleConfig, TrainConfig
@@ -118,8 +119,13 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
         if spec.resume:
             provenance.warn_of_other_code(spec.run_id, stored)
         connection.connect()
+        try:
+            plan = wait_for_room(lambda: make_plan(config, scale, manifest), scale.wait_for_nodes_s)
+        except NodesNotUp as error:
+            row = first_row(spec, manifest, stored) | {"status": "failed", "error": str(error)}
+            tables.write_table(storage, "runs", spec.run_id, [row])
+            raise RunFailed(f"run {spec.run_id}: {error}; continue with --run-id {spec.run_id} --resume") from None
         check_every_node_sees(storage)
-        plan = make_plan(config, scale, manifest)
         announce(plan)
         rows = read_rows(storage, manifest, config)  # finds a damaged file before anything is written
         # Before the `runs` row is written: a server that refuses must not leave a row that says "running" for ever.
@@ -145,7 +151,8 @@ def run_and_record(run: PlannedRun, stored: dict[str, Any]) -> TrainResult:
     Raises `RunFailed` unless the run completes.
     """
     storage, run_id = run.storage, run.spec.run_id
-    started = begin_row(run, stored)
+    started = first_row(run.spec, run.manifest, stored)
+    tables.write_table(storage, "runs", run_id, [started])
     clock = time.perf_counter()
     try:
         row = started | run_or_explain(run)
@@ -165,17 +172,15 @@ def run_and_record(run: PlannedRun, stored: dict[str, Any]) -> TrainResult:
     return TrainResult(run_id, row, result_paths(storage, run_id, row))
 
 
-def begin_row(run: PlannedRun, stored: dict[str, Any]) -> dict[str, Any]:
-    """Write the `runs` row of a run that starts, or resumes from its row `stored`, and return the new row."""
-    row = {
-        "kind": stored.get("kind", run.spec.kind),
-        "search_id": stored.get("search_id", run.spec.search_id or None),
+def first_row(spec: RunSpec, manifest: Manifest, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the `runs` row of a run that starts, or resumes from its row `stored`."""
+    return {
+        "kind": stored.get("kind", spec.kind),
+        "search_id": stored.get("search_id", spec.search_id or None),
         "status": "running",
         "started_at": stored.get("started_at") or datetime.now(UTC),
         "wall_s": stored.get("wall_s"),
-    } | identity_columns(run.spec.config, run.manifest)
-    tables.write_table(run.storage, "runs", run.spec.run_id, [row])
-    return row
+    } | identity_columns(spec.config, manifest)
 
 
 def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:

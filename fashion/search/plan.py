@@ -1,11 +1,12 @@
 """The plan of a search: how many trials run at a time on the live cluster, or a refusal with the numbers."""
 
+import math
+import time
 from dataclasses import dataclass, replace
 
-import ray
-
+from fashion.cluster.nodes import NoRoom, live_nodes, request_resources
 from fashion.cluster.plan import Plan, describe_precision, make_plan, worker_places
-from fashion.config import ScaleConfig, TrainConfig, require
+from fashion.config import ScaleConfig, TrainConfig
 from fashion.data.manifest import Manifest
 from fashion.search.space import SearchConfig, SearchScale
 
@@ -15,6 +16,7 @@ CHECKPOINT_MB = 92
 EMA_MB = 31
 # Memory that Ray reserves for a trial's own process if its workers are other processes; it reserves no CPU then.
 NESTED_TRIAL_BYTES = 1_000_000_000
+SECONDS_BETWEEN_READS = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,80 @@ class SearchPlan:
 
 
 def make_search_plan(config: SearchConfig, base: TrainConfig, scale: SearchScale, manifest: Manifest) -> SearchPlan:
-    """Return the plan of a search on the live cluster; raises `UserError` with the numbers if not one trial fits."""
+    """Return the plan of a search on the live cluster; raises `NoRoom` with the numbers if not one trial fits."""
     workers = config.workers_per_trial
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = live_nodes()
     gpus_each = scale.gpus_per_trial / workers
-    places = sum(worker_places(node, scale.cpus_per_worker, gpus_each) for node in nodes)
+    places = num_places(nodes, config, scale)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    require(
-        places >= workers,
-        f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not fit: "
-        f"the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; lower one of them",
-    )
+    if places < workers:
+        raise NoRoom(
+            f"--workers-per-trial {workers} with {scale.cpus_per_worker:g} CPUs and {gpus_each:g} GPUs each do not "
+            f"fit: the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; "
+            "lower one of them",
+            trial_bundles(config, scale),
+        )
     trial = make_plan(
         base, ScaleConfig(num_workers=str(workers), cpus_per_worker=scale.cpus_per_worker, use_gpu="no"), manifest
     )
     use_gpu = scale.gpus_per_trial > 0
-    concurrent = min(places // workers, config.num_samples)
-    if workers > 1:
-        places_by_memory = sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes)
-        concurrent = max(1, min(concurrent, places_by_memory))
     return SearchPlan(
         trial=replace(trial, use_gpu=use_gpu, precision=describe_precision(base.precision, use_gpu)),
         num_trials=config.num_samples,
-        concurrent=min(concurrent, scale.max_concurrent or concurrent),
+        concurrent=max_trials(nodes, config, scale),
         gpus_per_trial=scale.gpus_per_trial,
         rungs=config.rungs,
         judge_by=config.judge_by,
         max_epochs=config.max_epochs,
         checkpoint_mb=CHECKPOINT_MB + (EMA_MB if base.ema_decay else 0),
     )
+
+
+def num_places(nodes: list[dict[str, float]], config: SearchConfig, scale: SearchScale) -> int:
+    """Return how many workers of trials fit on nodes with these resources at a time."""
+    gpus_each = scale.gpus_per_trial / config.workers_per_trial
+    return sum(worker_places(node, scale.cpus_per_worker, gpus_each) for node in nodes)
+
+
+def max_trials(nodes: list[dict[str, float]], config: SearchConfig, scale: SearchScale) -> int:
+    """Return how many trials run at a time on nodes with these resources; at least one, which may wait for a node."""
+    trials = min(num_places(nodes, config, scale) // config.workers_per_trial, config.num_samples)
+    if config.workers_per_trial > 1:
+        trials = min(trials, sum(int(node.get("memory", 0.0) / NESTED_TRIAL_BYTES) for node in nodes))
+    return max(1, min(trials, scale.max_concurrent or trials))
+
+
+def trial_bundles(config: SearchConfig, scale: SearchScale) -> list[dict[str, float]]:
+    """Return what Ray reserves for the workers of one trial."""
+    each = {"CPU": scale.cpus_per_worker}
+    if scale.gpus_per_trial:
+        each["GPU"] = scale.gpus_per_trial / config.workers_per_trial
+    return [each] * config.workers_per_trial
+
+
+class TrialLimit:
+    """How many trials may run at a time, on the cluster as it is now.
+
+    Where an autoscaler starts nodes, it is asked for room for all trials that are left, and one trial more than fits
+    waits for it.
+    """
+
+    def __init__(self, config: SearchConfig, scale: SearchScale, *, has_autoscaler: bool) -> None:
+        self._config, self._scale, self._has_autoscaler = config, scale, has_autoscaler
+        self._limit, self._read_at = 0, -math.inf
+        self._asked = 0
+
+    def __call__(self, num_left: int) -> int:
+        """Return the number, read anew every `SECONDS_BETWEEN_READS`; `num_left` trials have not ended."""
+        if time.monotonic() - self._read_at > SECONDS_BETWEEN_READS:
+            self._limit, self._read_at = max_trials(live_nodes(), self._config, self._scale), time.monotonic()
+            if self._has_autoscaler:
+                self._limit = min(self._limit + 1, self._scale.max_concurrent or self._limit + 1)
+                self.ask_for(min(num_left, self._scale.max_concurrent or num_left))
+        return self._limit
+
+    def ask_for(self, num_trials: int) -> None:
+        """Ask the autoscaler for room for `num_trials` trials at a time; 0 asks for nothing any more."""
+        if self._has_autoscaler and num_trials != self._asked:
+            request_resources(trial_bundles(self._config, self._scale) * num_trials)
+            self._asked = num_trials

@@ -1,5 +1,6 @@
 """The settings that a search tries: a Ray Tune searcher that returns planned settings, or draws them by TPE."""
 
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -30,19 +31,28 @@ def pending_points(store: TrialStore) -> list[dict[str, Any]]:
 class PlannedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
     """Returns the given points in order, the settings drawn where a point has none.
 
-    `sampler` draws them, and is given the results of the trials whose settings it drew.
+    `sampler` draws them, and is given the results of the trials whose settings it drew. `limit` is given the number of
+    trials that have not ended, and returns how many may run at a time: their number follows the cluster.
     """
 
-    def __init__(self, points: list[dict[str, Any]], sampler: OptunaSearch | None) -> None:
+    def __init__(self, points: list[dict[str, Any]], sampler: OptunaSearch | None, limit: Callable[[int], int]) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._points = list(points)
         self._sampler = sampler
+        self._limit = limit
         self._drawn: set[str] = set()
+        self._running: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next point, for the trial that Tune calls `trial_id`, or `FINISHED` if none is left."""
+        """Return the next point, for the trial that Tune calls `trial_id`.
+
+        Returns None if no more trials may run now, and `FINISHED` if no point is left.
+        """
         if not self._points:
             return Searcher.FINISHED
+        if len(self._running) >= self._limit(len(self._running) + len(self._points)):
+            return None
+        self._running.add(trial_id)
         point = self._points.pop(0)
         if set(point) == {TRIAL}:
             assert self._sampler is not None, point
@@ -51,7 +61,8 @@ class PlannedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
         return point
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Give the sampler the last result of a trial whose settings it drew."""
+        """Give the sampler the last result of a trial whose settings it drew, and its place to another trial."""
+        self._running.discard(trial_id)
         if self._sampler is not None and trial_id in self._drawn:
             self._sampler.on_trial_complete(trial_id, result=result, error=error)
 

@@ -16,6 +16,7 @@ from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
+from fashion.cluster.nodes import NodesNotUp, autoscaler_status, wait_for_room
 from fashion.cluster.storage_access import check_every_node_sees
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.data import preparation
@@ -25,7 +26,7 @@ from fashion.distributed import trainer
 from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
-from fashion.search.plan import SearchPlan, make_search_plan
+from fashion.search.plan import SearchPlan, TrialLimit, make_search_plan
 from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
 from fashion.search.scheduler import replay_scheduler, trial_name
 from fashion.search.space import SearchConfig, SearchScale
@@ -122,11 +123,15 @@ def search(
         if not options.resume:
             check_new_search(storage, search_id)  # somebody may have had the name until now
         connection.connect()
+        identity = trainer.identity_columns(base, manifest)
+        try:
+            plan = wait_for_room(lambda: make_search_plan(config, base, scale, manifest), scale.wait_for_nodes_s)
+        except NodesNotUp as error:
+            write_settings(storage, search_id, config, base, identity)
+            raise SearchFailed(f"search {search_id}: {error}; continue with --search-id {search_id} --resume") from None
         check_every_node_sees(storage)
-        plan = make_search_plan(config, base, scale, manifest)
         announce(plan)
         spec = SearchSpec(storage, search_id, base, scale, plan, manifest, options)
-        identity = trainer.identity_columns(base, manifest)
         store = TrialStore(storage, search_id, config, identity, base.to_dict())
         points = pending_points(store)
         rows = trainer.read_rows(storage, manifest, base) if points else {}  # a damaged file is found here
@@ -157,7 +162,7 @@ def run_trials(
     The trials' checkpoints are gone afterwards.
     """
     quieten_tune()
-    storage, search_id, base, scale, plan = spec.storage, spec.search_id, spec.base, spec.scale, spec.plan
+    storage, search_id, scale, plan = spec.storage, spec.search_id, spec.scale, spec.plan
     config = store.config
     shared = shared_by_trials(spec, config, rows)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
@@ -167,13 +172,13 @@ def run_trials(
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         loggers.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=search_id))
+    limit = TrialLimit(config, scale, has_autoscaler=autoscaler_status().is_there)
     tuner = ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            search_alg=PlannedSampler(points, build_sampler(store)),
+            search_alg=PlannedSampler(points, build_sampler(store), limit),
             scheduler=replay_scheduler(store),
             num_samples=len(points),
-            max_concurrent_trials=plan.concurrent,
             time_budget_s=scale.time_budget_s or None,
             # A trial with workers of its own holds its process until they are gone; a fresh process is quicker.
             reuse_actors=config.workers_per_trial == 1,
@@ -192,6 +197,7 @@ def run_trials(
     try:
         trainer.run_in_thread(tuner.fit)
     finally:
+        limit.ask_for(0)
         for trial in store.unfinished():
             remove_workers(search_id, trial.trial_id)
     for trial in store.unfinished():
@@ -242,6 +248,7 @@ def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
         num_workers=str(spec.scale.refit_workers),
         cpus_per_worker=spec.scale.cpus_per_worker,
         use_gpu="yes" if spec.plan.trial.use_gpu else "no",
+        wait_for_nodes_s=spec.scale.wait_for_nodes_s,
     )
     run_id = f"{spec.search_id}-refit"
     run = trainer.RunSpec(

@@ -10,7 +10,18 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from fashion.config import Depth, Padding, ScaleConfig, TrainConfig, UserError, build, flag, parse_object, require
+from fashion.config import (
+    Depth,
+    Padding,
+    ScaleConfig,
+    TrainConfig,
+    UserError,
+    build,
+    check_wait,
+    flag,
+    parse_object,
+    require,
+)
 
 # The settings of `TrainConfig` that a search can draw, by distribution; each is a field of `SearchConfig`.
 LOG_UNIFORM = ("lr", "weight_decay")
@@ -150,8 +161,10 @@ class SearchScale:
     """CPUs reserved for each worker of a trial, > 0; the worker runs that many threads (at least one)."""
     gpus_per_trial: float = 0.0
     """GPUs of a trial: with one worker a fraction shares a GPU, with several there is one for each."""
+    wait_for_nodes_s: float | None = None
+    """Seconds to wait for nodes where not one trial fits, >= 0; by default 600 with an autoscaler, else 0."""
     max_concurrent: int = 0
-    """Most trials at a time; 0 computes it from the live cluster."""
+    """Most trials at a time; 0 takes as many as the cluster has room for, also while it grows or shrinks."""
     time_budget_s: float = 0.0
     """Seconds after which the search ends with what it has; 0 sets no limit."""
     checkpoint_every_s: float = 30.0
@@ -162,6 +175,7 @@ class SearchScale:
 
     def __post_init__(self) -> None:
         ScaleConfig(num_workers="1", cpus_per_worker=self.cpus_per_worker)
+        check_wait(self.wait_for_nodes_s)
         require(self.refit_workers >= 1, f"--refit-workers {self.refit_workers} must be at least 1")
         for name in ("gpus_per_trial", "max_concurrent", "time_budget_s", "checkpoint_every_s"):
             value = getattr(self, name)
