@@ -29,7 +29,10 @@ FIRST_REQUEST_LIMITS = {
 READ_ATTEMPTS = 20
 
 MAX_ROWS = 1_000_000
-"""Most rows that a Parquet file may declare: sixteen times those of the project's largest file."""
+"""Most rows that a Parquet file of at most as many bytes may declare; a longer file may declare a row per byte.
+
+A row of any table here takes more than a byte, so what was written here is read at any size.
+"""
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,11 @@ def read_parquet(source: bytes | pa.NativeFile) -> pa.Table:
     The declared number of rows is checked before any row is read, so absurd metadata costs no memory.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
-        if file.metadata.num_rows > MAX_ROWS:
-            raise ValueError(f"it promises {file.metadata.num_rows} rows, more than {MAX_ROWS}")
+        stream = pa.BufferReader(source) if isinstance(source, bytes) else source
+        file = pq.ParquetFile(stream)
+        limit = max(MAX_ROWS, stream.size())
+        if file.metadata.num_rows > limit:
+            raise ValueError(f"it promises {file.metadata.num_rows} rows, more than {limit}")
         rows = file.read()
         rows.validate(full=True)  # checks lengths, offsets and UTF-8, on which readers of the rows rely
     except (pa.ArrowException, OSError) as error:

@@ -56,9 +56,11 @@ def quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # These loggers warn that the progress bars are off, which is intended, and of a damaged file, whose name follows.
-    for name in ("ray.data._internal.progress", "ray.data._internal.datasource.parquet_datasource"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # These loggers warn that the progress bars are off, which is intended, of a damaged file, whose name follows
+    # elsewhere, and of more than 16 paths, which are looked at by 16 threads.
+    datasource = ("_internal.datasource.parquet_datasource", "datasource.file_meta_provider")
+    for name in ("_internal.progress", *datasource):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.ERROR)
 
 
 def provide_token() -> None:

@@ -20,6 +20,8 @@ DEFAULT_WAIT_S = 600.0
 # If the autoscaler starts nothing for this long, it can bring no more. It decides every 5 s.
 SECONDS_WITHOUT_A_START = 30.0
 SECONDS_BETWEEN_LOOKS = 1.0
+# `ray status` takes two seconds of a CPU.
+SECONDS_BETWEEN_STATUSES = 6.0
 # Ray calls nodes that no autoscaler has started by their ids.
 NODE_ID = re.compile(r"node_[0-9a-f]{20,}|local_\S+")
 
@@ -44,6 +46,8 @@ class AutoscalerStatus:
 
     is_there: bool
     num_starting: int
+    reported_at: str = ""
+    """When the autoscaler said so, as text: one that has died says the same for ever."""
 
 
 def wait_for_room(make_plan: Callable[[], T], wait_s: float | None) -> T:
@@ -71,10 +75,11 @@ def wait_for_room(make_plan: Callable[[], T], wait_s: float | None) -> T:
                 return make_plan()
             except NoRoom as error:
                 shortage = error
-            now = time.monotonic()
-            if now - looked > SECONDS_WITHOUT_A_START / 6:
-                status, looked = autoscaler_status(), time.monotonic()
-            if status.num_starting or len(live_nodes()) != known:
+            now, before = time.monotonic(), status
+            if now - looked > SECONDS_BETWEEN_STATUSES:
+                status, looked = autoscaler_status(), now
+            is_starting = status.num_starting > 0 and status.reported_at != before.reported_at
+            if is_starting or len(live_nodes()) != known:
                 known, changed = len(live_nodes()), now
             if status.is_there and now - changed > SECONDS_WITHOUT_A_START:
                 raise NoRoom(f"{shortage}; the cluster's autoscaler brings no more", shortage.bundles)
@@ -132,4 +137,5 @@ def parse_status(text: str) -> AutoscalerStatus:
             lines.append(line.strip())
     nodes = [re.sub(r"^\d+ ", "", line) for name in ("Active", "Idle") for line in listed.get(name, [])]
     is_there = "Active" in listed and not any(NODE_ID.match(node) for node in nodes)
-    return AutoscalerStatus(is_there, len(listed.get("Pending", [])))
+    time_of_report = re.search(r"Autoscaler status: (.*?) =", text)
+    return AutoscalerStatus(is_there, len(listed.get("Pending", [])), time_of_report[1] if time_of_report else "")

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from fashion.config import UserError, require
+from fashion.config import NUM_CLASSES, UserError, require
 from fashion.data.manifest import DATA_FOLDER, Manifest
 from fashion.data.rows import SCHEMA, Split, from_table
 from fashion.data.shards import StoredRows
@@ -68,7 +69,13 @@ class VerifiedFiles(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow ha
         return f"{self.storage.show(*DATA_FOLDER, path)} is missing; {way_out(self.storage)}"
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.BufferReader(self.read(path))
+        data = self.read(path)
+        try:
+            check_content(data)
+        except ValueError as error:  # Arrow's own are of this kind as well
+            place, reason = self.storage.show(*DATA_FOLDER, path), " ".join(str(error).split())[:200]
+            raise UserError(f"{place} is damaged ({reason}); {way_out(self.storage)}") from error
+        return pa.BufferReader(data)
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
@@ -107,6 +114,17 @@ class VerifiedFiles(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow ha
     delete_file = move = copy_file = open_output_stream = open_append_stream = refuse
 
 
+def check_content(data: bytes) -> None:
+    """Raise `ValueError` unless a Parquet file has the columns of `SCHEMA` and labels that can be, whatever its sum.
+
+    Whoever hands over prepared data makes the sums. The images are looked at where they are pulled.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data))
+    require(file.schema_arrow.equals(SCHEMA), f"it has columns {file.schema_arrow.names}, expected {SCHEMA.names}")
+    labels = file.read(columns=["label"])["label"]
+    require(not labels.null_count and bool((labels.to_numpy() < NUM_CLASSES).all()), "it holds a label above 9 or none")
+
+
 def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) -> "ray.data.Dataset":
     """Open `splits`, one after the other, as a Ray Dataset with the columns of `SCHEMA`, rows in their files' order.
 
@@ -116,6 +134,7 @@ def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) ->
     this turns on `preserve_order` for all Datasets of this process. It also chooses the reader of Ray Data that starts
     no actors: the newer one starts 32 of them to read the footers of files.
     """
+    import ray
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -123,6 +142,9 @@ def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) ->
     if hasattr(context, "use_datasource_v2"):  # Ray 2.59 and later have both
         context.use_datasource_v2 = False
     files = VerifiedFiles.of(storage, manifest, list(splits))
+    # A block that is lost with its node is read again while workers occupy all CPUs, so a task asks for none. But no
+    # more of them run at a time than there are CPUs, since each is a process.
+    limits: dict[str, Any] = {"num_cpus": 0, "concurrency": max(1, int(ray.cluster_resources().get("CPU", 1)))}
     with telling_damage(storage):
         return ray.data.read_parquet(
             list(files.sums),
@@ -130,8 +152,7 @@ def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) ->
             schema=SCHEMA,
             partitioning=None,
             override_num_blocks=len(files.sums),
-            # A block that is lost with its node is read again while the workers occupy all CPUs.
-            num_cpus=0,
+            **limits,
         )
 
 
@@ -141,45 +162,31 @@ def read_splits(storage: Storage, manifest: Manifest, splits: Sequence[str]) -> 
     Call this before workers occupy the cluster's CPUs: to open a file for its metadata, Ray Data takes half a CPU.
     Raises `UserError` if a file is missing or damaged.
     """
-    import ray
-
-    check = ray.remote(num_cpus=0)(check_block)
     with telling_damage(storage):
-        references = list(open_dataset(storage, manifest, splits).materialize().to_arrow_refs())
-    counts: list[int] = []
-    for count in ray.get([check.remote(reference) for reference in references]):
-        require(isinstance(count, int), f"{storage.show(*DATA_FOLDER)} is damaged ({count}); {way_out(storage)}")
-        counts.append(count)
-    check_num_rows(storage, splits, sum(counts), sum(manifest.rows[split] for split in splits))
-    rows = StoredRows.of_blocks(references, counts)
+        dataset = open_dataset(storage, manifest, splits).materialize()
+    # One part per block: its number of rows is known without a task.
+    blocks = dataset.split(dataset.num_blocks())
+    references = [reference for block in blocks for reference in block.to_arrow_refs()]
+    rows = StoredRows.of_blocks(references, [block.count() for block in blocks])
+    check_num_rows(storage, splits, len(rows), sum(manifest.rows[split] for split in splits))
     ends = itertools.accumulate(manifest.rows[split] for split in splits)
     return {split: rows.part(end - manifest.rows[split], end) for split, end in zip(splits, ends, strict=True)}
 
 
-def check_block(block: pa.Table) -> int | str:
-    """Return the number of rows of a block, or what is wrong: a right sum does not prove right content."""
-    try:
-        return len(from_table(block.select(SCHEMA.names).cast(SCHEMA)).labels)
-    except (UserError, pa.ArrowException) as error:
-        return " ".join(str(error).split())[:200]
-
-
 def verify_files(storage: Storage, manifest: Manifest, split: str) -> None:
-    """Read every file of a split in the cluster and verify its sum, keeping no row.
+    """Read every file of a split in the cluster and verify it, keeping no row.
 
     For rows that are streamed later: raises `UserError` if a file is missing or damaged.
     """
-    import ray
-
-    verify = ray.remote(num_cpus=0)(read_file)
-    files = VerifiedFiles.of(storage, manifest, [split])
     with telling_damage(storage):
-        ray.get([verify.remote(files, path) for path in files.sums])
+        counts = open_dataset(storage, manifest, [split]).map_batches(count, batch_size=None, batch_format="pyarrow")
+        found = sum(batch["rows"].sum() for batch in counts.iter_batches(batch_size=None))
+    check_num_rows(storage, [split], int(found), manifest.rows[split])
 
 
-def read_file(files: VerifiedFiles, path: str) -> None:
-    """Read a file, which verifies its sum."""
-    files.read(path)
+def count(block: pa.Table) -> pa.Table:
+    """Return the number of rows of a block, in a column `rows`."""
+    return pa.table({"rows": [len(block)]})
 
 
 @contextlib.contextmanager

@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
-from conftest import prepare_archives, split_paths
+from conftest import ROOT, job_environment, prepare_archives, split_paths
 
 from fashion.config import UserError
 from fashion.data import loading, preparation
 from fashion.data.archives import file_sha256
-from fashion.data.manifest import DATA_FOLDER, SPLITS, load_manifest
+from fashion.data.manifest import DATA_FOLDER, SPLITS, Manifest, load_manifest
+from fashion.data.rows import Split
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
@@ -64,9 +67,9 @@ def test_a_file_that_cannot_be_read_is_told_by_one_line(storage: Storage, state:
     told = {
         "damaged": f"{path} is damaged; remove",
         "missing": f"{path} is missing; remove",
-        "no Parquet": f"{path.parents[1]} is damaged (",
+        "no Parquet": f"{path} is damaged (",
         "short": f"{path.parents[1]} holds {rows - 1} rows, not {rows}; remove",
-        "label 200": f"{path.parents[1]} is damaged (prepared data holds a label above 9",
+        "label 200": f"{path} is damaged (it holds a label above 9",
     }
     if state == "missing":
         path.unlink()
@@ -89,3 +92,55 @@ def test_a_file_that_cannot_be_read_is_told_by_one_line(storage: Storage, state:
     assert told[state] in str(caught.value)
     assert "prepare again" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def prepared_noise(folder: Path, num_rows: int) -> Storage:
+    """Return a storage with `num_rows` training rows, as large a set as nobody has in archives."""
+    storage = open_storage(str(folder))
+    random = np.random.default_rng(0)
+    sums: dict[str, dict[str, str]] = {}
+    rows = {"train": num_rows, "val": 10, "test": 10}
+    for split, count in rows.items():
+        table = Split(
+            random.integers(0, 256, (count, 28, 28), np.uint8),
+            np.arange(count, dtype=np.uint8) % 10,
+            np.arange(count, dtype=np.int32),
+        )
+        sums[split] = preparation.write_split(storage, split, table)
+    manifest = Manifest("noise", "0" * 64, 0, 10, rows, {}, 0.5, 0.3, sums, {})
+    storage.write_bytes(json.dumps(vars(manifest)).encode(), *DATA_FOLDER, "manifest.json")
+    return storage
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from fashion.cluster import connection
+from fashion.data.loading import read_splits
+from fashion.data.manifest import SPLITS, load_manifest
+from fashion.storage import open_storage
+storage = open_storage(sys.argv[1])
+connection.connect()
+rows = read_splits(storage, load_manifest(storage), SPLITS)
+# Other than `getrusage`, this leaves out what the process had before it became Python.
+[peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(len(rows["train"]), len(rows["train"].references), peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it reads the memory of a process of Linux")
+def test_the_driver_holds_no_rows(ray_cluster: None, tmp_path: Path) -> None:
+    """Its peak memory is that of ten thousand rows when there are 160,000, which are 125 MB."""
+    variables = job_environment() | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    peaks = []
+    for num_rows in (10_000, 160_000):
+        storage = prepared_noise(tmp_path / str(num_rows), num_rows)
+        command = [sys.executable, "-c", DRIVER, storage.uri]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found, blocks, kilobytes = map(int, done.stdout.split())
+        assert (found, blocks) == (num_rows, num_rows // preparation.ROWS_PER_FILE)
+        peaks.append(kilobytes / 1024)
+    assert peaks[1] - peaks[0] < 60, peaks

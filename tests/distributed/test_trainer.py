@@ -308,6 +308,15 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
     assert not storage.exists("runs", "wide")
 
 
+def test_nodes_that_never_come_are_waited_for_as_long_as_asked(ray_cluster: None, storage: Storage) -> None:
+    """The run that waited is there to be resumed, on what the cluster has."""
+    patient = ScaleConfig(num_workers="3", wait_for_nodes_s=2)
+    with pytest.raises(trainer.RunFailed, match=r"run late: no room in 2 s .*: .* needs 3 CPUs .* has 2; .*--resume"):
+        train(storage, "late", TINY, patient)
+    assert load_run(storage, "late")["status"] == "failed"
+    assert train(storage, "late", TINY, scale(2), resume=True).row["status"] == "completed"
+
+
 def test_a_whole_run_learns_and_reports_everything(trained: trainer.TrainResult, storage: Storage) -> None:
     row = load_run(storage, "whole")
     assert row["status"] == "completed"
