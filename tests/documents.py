@@ -32,7 +32,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
 PYTHON = ("python", ".venv/bin/python")
-RAY = ("job submit", "job stop", "up", "down", "dashboard", "get-auth-token")
+RAY = ("job submit", "job stop", "up", "down", "dashboard", "get-auth-token", "status")
 FILE_TYPES = (".py", ".yaml", ".toml", ".lock", ".md", ".parquet")
 REQUIRED = {"evaluate": ["--run-id", "mine"]}
 

@@ -77,7 +77,7 @@ def test_the_head_trains_nothing_and_its_dashboard_is_private() -> None:
     assert "--num-cpus=0" in start and "--dashboard-host=127.0.0.1" in start
     [workers] = [kind for name, kind in launcher["available_node_types"].items() if name != launcher["head_node_type"]]
     assert workers["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert 0 < workers["min_workers"] < workers["max_workers"] <= launcher["max_workers"]
+    assert 0 == workers["min_workers"] < workers["max_workers"] <= launcher["max_workers"]
     [environment] = [command for command in launcher["setup_commands"] if "printf" in command]
     for name, value in config.RAY_ENVIRONMENT.items():
         assert f"{name}={value}" in environment
@@ -120,7 +120,8 @@ def test_a_rayjob_started_again_resumes_its_run() -> None:
     flags = cli.parse(train.Flags, words, prog=train.PROG, description="", default=train.Flags())
     flags.scale.check_batch(flags.train.global_batch_size)
     workers = load(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    assert flags.scale.worker_range == (workers["minReplicas"], workers["maxReplicas"])
+    assert load(KUBERAY)["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"], "no worker is up before the job asks"
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (0, max(flags.scale.worker_range))
 
 
 # --- the launcher -------------------------------------------------------------------------------------------------
