@@ -122,7 +122,7 @@ def search(
             check_new_search(storage, search_id)  # somebody may have had the name until now
         connection.connect()
         check_every_node_sees(storage)
-        plan = make_search_plan(config, base, scale, manifest)
+        plan = make_search_plan(config, base, scale, manifest, options.refit)
         announce(plan)
         spec = SearchSpec(storage, search_id, base, scale, plan, manifest, options)
         identity = trainer.identity_columns(base, manifest)
@@ -217,6 +217,7 @@ def shared_by_trials(
         "search_id": search_id,
         "workers_per_trial": workers,
         "use_gpu": plan.trial.use_gpu,
+        "gpu_share": plan.gpus_per_trial,
     }
     if workers == 1:
         return shared
@@ -238,10 +239,11 @@ def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
         max_train_rows=0,
         stop_after=int(winner.best["epoch"]),
     )
+    assert spec.plan.refit is not None, "the plan has room for the refit"
     scale = ScaleConfig(
-        num_workers=str(spec.scale.refit_workers),
+        num_workers=str(spec.plan.refit.num_workers[0]),
         cpus_per_worker=spec.scale.cpus_per_worker,
-        use_gpu="yes" if spec.plan.trial.use_gpu else "no",
+        use_gpu="yes" if spec.plan.refit.use_gpu else "no",
     )
     run_id = f"{spec.search_id}-refit"
     run = trainer.RunSpec(
