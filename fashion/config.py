@@ -38,7 +38,7 @@ RUN_ID_PATTERN = re.compile(r"[a-z][a-z0-9._-]{0,99}")
 
 Padding = Literal["zeros", "replicate", "reflect", "partial", "learned"]
 Depth = Literal["vgg", "deep", "deep-bn"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 PRESET_NAMES = ("default", "best", "best-deep", "seed", "smoke")
 
@@ -166,7 +166,13 @@ class TrainConfig:
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation: flip averages the logits of an image and of its mirror image; none averages nothing."""
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward pass; auto uses bf16 where the hardware has it natively."""
+    """Arithmetic of the forward and backward pass; auto uses bf16 where the hardware has it natively, else fp32. tf32
+    is for GPUs: products of fp32 numbers rounded to 10 bits, which is quicker there."""
+    deterministic: bool = False
+    """On GPUs, use only kernels that repeat their bits on the same kind of GPU, which may be slower. CPUs do anyway."""
+    cuda_graph: bool = False
+    """On GPUs, record a training step once and replay it, which saves its launches. Where recording fails, a line says
+    so, and the run goes on without."""
     data_mode: Literal["resident", "streaming"] = "resident"
     """Where training rows are: resident on the worker's device, or streamed from Ray Data in every epoch."""
     max_train_rows: int = 0
@@ -242,7 +248,8 @@ class ScaleConfig:
     cpus_per_worker: float = 1.0
     """CPUs reserved for each worker, > 0; the worker computes with that many threads, at least one."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """One GPU per worker; auto uses GPUs if the cluster has one for every worker."""
+    """One GPU per worker. auto prefers one GPU to any number of CPUs: where there are too few GPUs for --num-workers,
+    it takes fewer workers, and the plan says so."""
 
     wait_for_nodes_s: float | None = None
     """Seconds to wait for nodes where the cluster is too small, >= 0; by default 600 with an autoscaler, else 0."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 import ray
 from ray.autoscaler import sdk
 
-from fashion.config import UserError
+from fashion.cluster.plan import NoRoom, live_nodes
 
 # How long a run waits by default where an autoscaler runs: to start a machine and its Ray takes a cloud some minutes.
 DEFAULT_WAIT_S = 600.0
@@ -26,14 +26,6 @@ SECONDS_BETWEEN_STATUSES = 6.0
 NODE_ID = re.compile(r"node_[0-9a-f]{20,}|local_\S+")
 
 T = TypeVar("T")
-
-
-class NoRoom(UserError):
-    """The cluster, as it is now, is too small; `bundles` are the resources that would do, one for each process."""
-
-    def __init__(self, message: str, bundles: list[dict[str, float]]) -> None:
-        super().__init__(message)
-        self.bundles = bundles
 
 
 class NodesNotUp(RuntimeError):
@@ -84,11 +76,6 @@ def wait_for_room(make_plan: Callable[[], T], wait_s: float | None) -> T:
             if status.is_there and now - changed > SECONDS_WITHOUT_A_START:
                 raise NoRoom(f"{shortage}; the cluster's autoscaler brings no more", shortage.bundles)
     raise NodesNotUp(f"no room in {limit:g} s (--wait-for-nodes-s): {shortage}")
-
-
-def live_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def request_resources(bundles: list[dict[str, float]]) -> None:

@@ -31,17 +31,30 @@ def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: s
         shared = ShardedOptimizer.open(optimizer, dtype)
         if shared is not None:
             options["bucket_cap_mb"] = sum(parameter.nbytes for parameter in model.parameters()) / 2**20 + 1
-    prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
+    # A CUDA graph of the step can be captured only if DDP was made on another stream than the default one.
+    on_gpu = ray.train.torch.get_device().type == "cuda"
+    stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):  # None changes nothing
+        prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     if not isinstance(prepared, DistributedDataParallel):
         return prepared, optimizer.step, "none"
     if shared is not None:
         prepared.register_comm_hook(None, shared.hook)
         return prepared, shared.step, "shared memory"
-    if dist.get_backend() == "gloo":
-        prepared.register_comm_hook(dtype, mean_in_rank_order)
-    elif precision == "bf16":
-        prepared.register_comm_hook(None, bf16_compress_hook)
+    register_hook(prepared, dist.get_backend(), dtype)
     return prepared, optimizer.step, dist.get_backend()
+
+
+def register_hook(model: DistributedDataParallel, backend: str, dtype: torch.dtype) -> None:
+    """Let `model` exchange gradients as `dtype` through `backend`.
+
+    torch's own hook for bf16 needs NCCL, and DDP refuses it in builds of torch without CUDA.
+    """
+    if backend == "nccl":
+        if dtype == torch.bfloat16:
+            model.register_comm_hook(None, bf16_compress_hook)
+    else:
+        model.register_comm_hook(dtype, mean_in_rank_order)
 
 
 def mean_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

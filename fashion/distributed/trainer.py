@@ -193,7 +193,6 @@ def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
         "config_json": runs.config_json(config),
         "num_parameters": num_parameters(config.depth, config.padding),
         "data_mode": config.data_mode,
-        "hardware": provenance.hardware(),
     } | provenance.versions()
 
 

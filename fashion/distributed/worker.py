@@ -18,10 +18,12 @@ from fashion.distributed.ddp import wrap_in_ddp
 from fashion.distributed.ingest import open_shards
 from fashion.distributed.lean_trainer import preemption_notice
 from fashion.distributed.watchdog import Watchdog
+from fashion.model.device import peak_gpu_memory_bytes, peak_memory_bytes
+from fashion.reports import provenance
 from fashion.storage import Storage, open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer, progress_of
-from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, peak_memory_bytes, prepare_process
+from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, prepare_process
 
 # Newest checkpoints that are kept, besides that of the best epoch: if the newest one is damaged, the run resumes from
 # the one before it.
@@ -32,7 +34,7 @@ SECONDS_FOR_OTHERS = 10.0
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train one run to its end on this rank; return its history, its outcome, and `TrainingRun.process_columns`.
+    """Train one run to its end on this rank; return its history, its outcome, and `process_columns`.
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, per split `bounds`
     and `blocks` (see `data.shards`; blocks as references), `show_bar`, `storage` and `folder` (where its checkpoints
@@ -49,7 +51,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         if settings["trial"]:
             publish_placement_group(settings["trial"])
             for metrics in run.history:
-                ray.train.report(run.process_columns() | metrics)
+                ray.train.report(process_columns(run) | metrics)
         diverged = None
         try:
             train(run, manager, settings, watchdog, notes)
@@ -57,12 +59,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             # All ranks raise this together. It is a result: another try from the last checkpoint would diverge as well.
             diverged = str(error)
         manager.wait()
-        return run.process_columns() | {
-            "history": run.history,
-            "diverged": diverged,
-            "peak_memory_bytes": int(sync.largest(peak_memory_bytes(), run.rank.device)),
-            "resumed_from": resumed_from,
-        }
+        return process_columns(run) | {"history": run.history, "diverged": diverged, "resumed_from": resumed_from}
 
 
 def train(
@@ -87,8 +84,28 @@ def train(
             timer.restart()
         if progress.metrics is not None:
             manager.wait()  # an epoch is reported only after its checkpoint is written, so that no crash can undo it
-            ray.train.report(run.process_columns() | progress.metrics | {"notes": notes})
+            ray.train.report(process_columns(run) | progress.metrics | {"notes": [*notes, *run.notes]})
             notes = []
+            run.notes.clear()
+
+
+def process_columns(run: TrainingRun) -> dict[str, Any]:
+    """Return the `runs` columns that only the training processes know; all ranks call this together.
+
+    Where ranks differ, as on unlike machines, `device` and `hardware` name each kind. Memory is of the largest rank.
+    """
+    columns, device = run.process_columns(), run.rank.device
+    kinds: list[Any] = [(columns["device"], provenance.hardware())]
+    if dist.is_initialized():
+        kinds *= dist.get_world_size()
+        dist.all_gather_object(kinds, kinds[0])
+    gpu_bytes = peak_gpu_memory_bytes(device)
+    return columns | {
+        "device": "; ".join(sorted({kind for kind, _ in kinds})),
+        "hardware": "; ".join(sorted({machine for _, machine in kinds})),
+        "peak_memory_bytes": int(sync.largest(peak_memory_bytes(), device)),
+        "peak_gpu_memory_bytes": None if gpu_bytes is None else int(sync.largest(gpu_bytes, device)),
+    }
 
 
 def step_publisher(settings: dict[str, Any], run: TrainingRun) -> Callable[[int, int], None]:

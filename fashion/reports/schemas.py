@@ -44,9 +44,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("test_rows", pa.int64()),
             ("images_per_s", pa.float64()),
             ("peak_memory_bytes", pa.int64()),  # of the largest worker
+            ("peak_gpu_memory_bytes", pa.int64()),  # the same of GPUs; null on CPUs
             ("checkpoint", pa.string()),  # folder of the chosen one, relative to the storage
             ("resumed_from", pa.int32()),  # epoch after which the run was last resumed; null if it never was
-            ("hardware", pa.string()),
+            ("hardware", pa.string()),  # of the workers' machines
             ("ray_version", pa.string()),
             ("torch_version", pa.string()),
         ]
@@ -180,5 +181,7 @@ PROCESS_COLUMNS = (
     "threads_per_worker",
     "exchange",
     "peak_memory_bytes",
+    "peak_gpu_memory_bytes",
+    "hardware",
 )
 """Columns of `runs` that only the training process can fill."""

@@ -125,7 +125,9 @@ def search(
         connection.connect()
         identity = trainer.identity_columns(base, manifest)
         try:
-            plan = wait_for_room(lambda: make_search_plan(config, base, scale, manifest), scale.wait_for_nodes_s)
+            plan = wait_for_room(
+                lambda: make_search_plan(config, base, scale, manifest, options.refit), scale.wait_for_nodes_s
+            )
         except NodesNotUp as error:
             write_settings(storage, search_id, config, base, identity)
             raise SearchFailed(f"search {search_id}: {error}; continue with --search-id {search_id} --resume") from None
@@ -223,6 +225,7 @@ def shared_by_trials(spec: SearchSpec, config: SearchConfig, rows: Mapping[str, 
         "search_id": spec.search_id,
         "workers_per_trial": workers,
         "use_gpu": plan.trial.use_gpu,
+        "gpu_share": plan.gpus_per_trial,
     }
     if workers == 1:
         return shared
@@ -244,10 +247,11 @@ def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
         max_train_rows=0,
         stop_after=int(winner.best["epoch"]),
     )
+    assert spec.plan.refit is not None, "the plan has room for the refit"
     scale = ScaleConfig(
-        num_workers=str(spec.scale.refit_workers),
+        num_workers=str(spec.plan.refit.num_workers[0]),
         cpus_per_worker=spec.scale.cpus_per_worker,
-        use_gpu="yes" if spec.plan.trial.use_gpu else "no",
+        use_gpu="yes" if spec.plan.refit.use_gpu else "no",
         wait_for_nodes_s=spec.scale.wait_for_nodes_s,
     )
     run_id = f"{spec.search_id}-refit"

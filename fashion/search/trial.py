@@ -18,12 +18,13 @@ from ray.util.placement_group import PlacementGroup
 from fashion.config import TrainConfig, UserError
 from fashion.distributed import ingest, worker
 from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.model.device import share_of_memory
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
 from fashion.training.metrics import Metrics
-from fashion.training.run import Rank, TrainingRun, peak_memory_bytes, without_ddp
+from fashion.training.run import Rank, TrainingRun, without_ddp
 
 TRIAL = "trial"
 """Key of the trial's name, such as `t0003`, in its point. Tune's own trial ids change when a search is resumed."""
@@ -37,8 +38,9 @@ def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
     """Run the trial whose name and settings `point` holds; `shared` holds what all trials of the search have in common.
 
     Keys of `shared`: `base` (`TrainConfig.to_dict()`), `storage` (its URI), `search_id`, `workers_per_trial`,
-    `checkpoint_every_s`, `use_gpu`, and the settings of `worker.train_loop_per_worker`. With several workers also
-    `worker_settings` (the latter by themselves) and `scaling` (a `ScalingConfig`).
+    `checkpoint_every_s`, `use_gpu`, `gpu_share` (the trial's GPUs, a fraction where trials share one), and the settings
+    of `worker.train_loop_per_worker`. With several workers also `worker_settings` (the latter by themselves) and
+    `scaling` (a `ScalingConfig`).
     """
     settings = {name: value for name, value in point.items() if name != TRIAL}
     try:
@@ -88,12 +90,13 @@ def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[
 def open_run(config: TrainConfig, shared: dict[str, Any]) -> TrainingRun:
     """Return the run before its first step, its rows pulled from the object store."""
     rank = Rank(device=torch.device("cuda" if shared["use_gpu"] else "cpu"))
+    share_of_memory(shared["gpu_share"], rank.device)
     return TrainingRun(config, ingest.open_shards(config, shared, rank), rank, without_ddp)
 
 
 def report(run: TrainingRun, metrics: Metrics) -> None:
     """Report an epoch to Tune and wait for the scheduler's decision; does not return if that is to stop the trial."""
-    ray.tune.report(run.process_columns() | metrics | {"peak_memory_bytes": peak_memory_bytes()})
+    ray.tune.report(worker.process_columns(run) | metrics)
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:

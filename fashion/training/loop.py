@@ -90,17 +90,26 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return fp32 or bf16 for `precision` (auto, fp32 or bf16), the same on every rank: bf16 only if all have it."""
-    if precision != "auto":
+    """Return fp32, tf32 or bf16 for `precision`, the same on every rank.
+
+    `auto` is bf16 only if all ranks have it in hardware, and tf32 is fp32 unless all have that.
+    """
+    if precision in ("fp32", "bf16"):
         return precision
-    native = torch.tensor(int(has_native_bf16(device)), device=device)
+    has_it = has_tf32(device) if precision == "tf32" else has_native_bf16(device)
+    native = torch.tensor(int(has_it), device=device)
     if dist.is_initialized():
         dist.all_reduce(native, op=dist.ReduceOp.MIN)
-    return "bf16" if native.item() else "fp32"
+    return ("tf32" if precision == "tf32" else "bf16") if native.item() else "fp32"
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Return whether `device` computes TF32: CUDA capability >= 8.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context manager for a forward pass in `precision`, which is fp32 or bf16."""
+    """Return the context manager for a forward pass in `precision`: fp32, tf32 or bf16."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -137,13 +146,12 @@ class EpochRecord:
                 return
             yield batch
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, label_smoothing: float) -> None:
-        """Add a step: its `loss` () in nats, `logits` (B, 10) float32 and `labels` (B,).
+    def add(self, loss: Tensor, unsmoothed: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a step: its `loss` () in nats, the same without label smoothing, `logits` (B, 10) float32, `labels` (B,).
 
-        The sums take the loss without label smoothing, which is computed here if `loss` has it.
+        The sums take the loss without label smoothing.
         """
         self.step += 1
-        unsmoothed = loss if label_smoothing == 0 else F.cross_entropy(logits, labels)
         self._meter.add(unsmoothed * len(labels), logits, labels)
         self._sync_points.note(loss, self.step)
 
@@ -167,6 +175,102 @@ class EpochRecord:
         return EpochResult(sums, time.perf_counter() - self._started, largest(self._data_wait_s, self._device))
 
 
+StepOutput = tuple[Tensor, Tensor, Tensor]
+"""Loss () in nats, the loss without label smoothing (), and logits (B, 10) float32."""
+
+
+def losses(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the mean loss () of `logits` (B, 10) in nats, and the same without label smoothing, which takes no
+    gradient: both from one log-softmax.
+
+    These are the bits of `F.cross_entropy`. That would compute the log-softmax twice, and with label smoothing look for
+    labels that are to be ignored.
+    """
+    log_probabilities = logits.log_softmax(1)
+    unsmoothed = F.nll_loss(log_probabilities, labels)
+    if not label_smoothing:
+        return unsmoothed, unsmoothed.detach()
+    rows, classes = logits.shape
+    uniform = log_probabilities.sum(1).neg().sum() / rows
+    return (1 - label_smoothing) * unsmoothed + uniform * (label_smoothing / classes), unsmoothed.detach()
+
+
+def compute_step(
+    model: nn.Module, batch: Batch, update: Callable[[], object], *, precision: str, label_smoothing: float
+) -> StepOutput:
+    """Train `model` on one batch: forward, backward, then `update()`, the optimizer's step. Does not wait for a GPU."""
+    images, labels = batch
+    with autocast(precision, images.device):
+        logits = model(images)
+    logits = logits.float()
+    loss, unsmoothed = losses(logits, labels, label_smoothing)
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    update()
+    return loss.detach(), unsmoothed, logits.detach()
+
+
+class GraphedStep:
+    """Takes training steps on a GPU: the first ones as they come, later ones by replaying a CUDA graph of one step.
+
+    A replay is one launch in place of a few hundred. Nothing that a step computes with may move: the batch is copied to
+    where the graph reads it, and the learning rates are tensors (`optimizer.make_capturable`).
+    """
+
+    WARM_UP_STEPS = 11
+    """Steps before the capture: torch asks for this many under DDP, which times itself during the first ten."""
+
+    def __init__(
+        self, compute: Callable[[Batch], StepOutput], say: Callable[[str], object], warm_up: int = WARM_UP_STEPS
+    ) -> None:
+        """Take steps by `compute(batch)`; call `say` with a line if these cannot be captured."""
+        self._compute, self._say, self._steps_left = compute, say, warm_up
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch | None = None
+        self._output: StepOutput | None = None
+        self._has_failed = False
+
+    def __call__(self, batch: Batch) -> StepOutput:
+        """Take a step; what it returns is overwritten by the next one."""
+        if self._has_failed:
+            return self._compute(batch)
+        if self._steps_left:
+            self._steps_left -= 1
+            return self._compute_beside(batch)
+        if self._graph is None:
+            try:
+                self._capture(batch)
+            except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self._say(f"--cuda-graph: a step cannot be captured ({reason}); steps are launched one by one")
+                self._has_failed, self._graph, self._batch = True, None, None
+                return self._compute(batch)
+        assert self._graph is not None
+        assert self._batch is not None
+        assert self._output is not None
+        for place, tensor in zip(self._batch, batch, strict=True):
+            place.copy_(tensor)
+        self._graph.replay()
+        return self._output
+
+    def _compute_beside(self, batch: Batch) -> StepOutput:
+        """Take a step on a stream of its own, as torch asks for before a capture."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = self._compute(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        return output
+
+    def _capture(self, batch: Batch) -> None:
+        """Record a step, which computes nothing yet."""
+        self._batch = batch[0].clone(), batch[1].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._output = self._compute(self._batch)
+        self._graph = graph
+
+
 def train_step(
     model: nn.Module,
     batch: Batch,
@@ -176,20 +280,10 @@ def train_step(
     precision: str,
     label_smoothing: float,
 ) -> None:
-    """Train `model` on one batch: forward, backward, then `update()`, the optimizer's step; add the step to `record`.
-
-    Does not wait for a GPU.
-    """
-    images, labels = batch
-    with autocast(precision, images.device):
-        logits = model(images)
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    model.zero_grad()
-    torch.autograd.backward(loss)
-    update()
+    """Train `model` on one batch as `compute_step` does, and add the step to `record`."""
+    output = compute_step(model, batch, update, precision=precision, label_smoothing=label_smoothing)
     with torch.no_grad():
-        record.add(loss, logits, labels, label_smoothing)
+        record.add(*output, batch[1])
 
 
 def classify(model: nn.Module, images: Tensor, *, precision: str, device: torch.device, tta: str) -> Tensor:

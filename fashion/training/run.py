@@ -3,12 +3,9 @@
 Imports torch, not Ray: a worker of Ray Train and a trial of a search iterate over the same generator.
 """
 
-import ctypes
 import dataclasses
 import itertools
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fashion.config import TrainConfig
+from fashion.model.device import keep_freed_memory, kind_of, reset_peak_memory, set_arithmetic
 from fashion.model.network import FashionCNN, count_parameters, initialise, place
 from fashion.training import checkpoint, loop, sync
 from fashion.training.batches import Augmentation, Batch, plain_batches, shuffled_batches, stream_seed
 from fashion.training.ema import start_ema, update_ema
 from fashion.training.metrics import Metrics
-from fashion.training.optimizer import build_optimizer, learning_rate
+from fashion.training.optimizer import build_optimizer, learning_rate, make_capturable, set_learning_rates
 
 # A worker's memory peaks at the activations of an evaluation in fp32: 500 rows take 0.36 GiB more than 200, and are no
 # faster on two cores.
 EVAL_BATCH_SIZE = 250
+# A GPU has memory to spare, and too little to do with 250 rows.
+EVAL_BATCH_SIZE_ON_GPU = 2000
 # Version of `progress.json` in a checkpoint; a run refuses any other one.
 PROGRESS_FORMAT = 4
 
@@ -58,9 +58,6 @@ class Shards:
     pixel_std: float
 
 
-# Parameters of glibc's mallopt, from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
 WrappedModel = tuple[nn.Module, Callable[[], object], str]
 """The module whose forward pass is trained, the function that updates its weights, and how ranks exchange gradients:
 the column `exchange` of the `runs` table.
@@ -78,18 +75,6 @@ def prepare_process(threads: int) -> None:
     """Set up a process that computes: keep freed memory, and run `threads` threads, of which Ray's default is one."""
     keep_freed_memory()
     torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for reuse.
-
-    By default glibc returns every large activation to the kernel, and the next step faults its pages in again: 6 % of a
-    step's time on two Zen 3 cores. Does nothing under another C library.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @dataclass(frozen=True)
@@ -120,6 +105,8 @@ class TrainingRun:
         self.rank = rank
         self.steps = config.steps_per_epoch(shards.num_train_rows)
         self.precision = loop.resolve_precision(config.precision, rank.device)
+        reset_peak_memory(rank.device)
+        set_arithmetic(self.precision, config.deterministic, rank.device)
         torch.manual_seed(stream_seed(config.seed, 0, 0, 1))
         self.model = place(build_model(config, shards.pixel_mean, shards.pixel_std), rank.device)
         self.evaluated = start_ema(self.model) if config.ema_decay else self.model
@@ -127,7 +114,18 @@ class TrainingRun:
         if `ema_decay` is set, else `model` itself.
         """
         self.optimizer = build_optimizer(config, self.model)
+        self.notes: list[str] = []
+        """Lines for the console on what is not as the user may expect; whoever prints them empties the list."""
+        self._lr = 0.0
+        uses_graph = config.cuda_graph and rank.device.type == "cuda"
+        if uses_graph:
+            make_capturable(self.optimizer, rank.device)
+        elif config.cuda_graph:
+            self.notes.append("--cuda-graph is for GPUs: on this device steps are launched one by one")
         self.wrapped, self.update, self.exchange = wrap(self.model, self.optimizer, self.precision)
+        self._take_step: Callable[[Batch], loop.StepOutput] = self._compute_step
+        if uses_graph:
+            self._take_step = loop.GraphedStep(self._compute_step, self.notes.append)
         self.history: list[Metrics] = []
         """Metrics of each epoch so far, including those before the run was resumed."""
         self.epoch_states: list[sync.EpochState] = []
@@ -148,7 +146,7 @@ class TrainingRun:
         return {
             "num_parameters": count_parameters(self.model),
             "world_size": self.rank.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": kind_of(device),
             "precision": self.precision,
             "threads_per_worker": torch.get_num_threads(),
             "exchange": self.exchange,
@@ -162,7 +160,7 @@ class TrainingRun:
     def encode(self) -> dict[str, bytes]:
         """Return a checkpoint of the run's present state, as file name -> content."""
         states = [dataclasses.asdict(state) for state in self.epoch_states]
-        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": states}
+        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": states} | self._made_on()
         return checkpoint.encode(self.evaluated, self.optimizer, progress, self._trained)
 
     def restore(self, read_file: Callable[[str], bytes]) -> None:
@@ -173,6 +171,17 @@ class TrainingRun:
         progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._check_progress, self._trained)
         self.history = progress["history"]
         self.epoch_states = sync.parse_epoch_states(progress["positions"])
+        stored = {name: progress[name] for name in self._made_on() if name in progress}  # earlier versions have none
+        here = {name: value for name, value in self._made_on().items() if name in stored}
+        if stored != here:
+            self.notes.append(
+                f"the checkpoint was made on {' in '.join(stored.values())}, here is {' in '.join(here.values())}: "
+                "weights, momenta and the order of rows go on, to the bit; rounding and the draws of dropout do not"
+            )
+
+    def _made_on(self) -> dict[str, str]:
+        """Return what a checkpoint says of its device: a run that resumes on another one goes on with other bits."""
+        return {"device": kind_of(self.rank.device), "precision": self.precision}
 
     @property
     def _trained(self) -> nn.Module | None:
@@ -196,8 +205,13 @@ class TrainingRun:
         )
         if not whole:
             raise checkpoint.damaged(checkpoint.PROGRESS, "its history is not one of this run's epochs 1, 2, 3, ...")
+        if not all(isinstance(progress.get(name, ""), str) for name in self._made_on()):
+            raise checkpoint.damaged(checkpoint.PROGRESS, "its device is no text")
         try:
             states = sync.parse_epoch_states(progress["positions"])
+            for state in states:
+                if state.states:
+                    sync.check_states(state.states, self.model)
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its positions: {error!r}") from error
         steps = {state.step for state in states}
@@ -216,6 +230,7 @@ class TrainingRun:
             yield from self._train_steps(epoch, record)
             metrics = self._train_metrics(epoch, record.result())
             sync.average_batch_norm_statistics(self.model)
+            self._keep_ranks_together(epoch)
             if self.shards.num_val_rows:
                 metrics |= self._evaluate(epoch)
             self.history.append(metrics)
@@ -266,14 +281,7 @@ class TrainingRun:
         batches = itertools.islice(self.shards.train_batches(epoch), record.step, None)
         for batch in record.timed(batches):
             self.set_lr(done + record.step)
-            loop.train_step(
-                self.wrapped,
-                batch,
-                self.update,
-                record,
-                precision=self.precision,
-                label_smoothing=config.label_smoothing,
-            )
+            record.add(*self._take_step(batch), batch[1])
             if config.ema_decay:
                 update_ema(self.evaluated, self.model, config.ema_decay, done + record.step)
             is_last = record.step == self.steps
@@ -283,6 +291,21 @@ class TrainingRun:
             yield Progress(epoch, record.step, self._record is not None, self._val_time_s() if is_last else 0.0)
             assert self._record is None, "every rank calls `synchronise` at a synchronisation point"
             self.epoch_states = []
+
+    def _compute_step(self, batch: Batch) -> loop.StepOutput:
+        smoothing = self.config.label_smoothing
+        return loop.compute_step(self.wrapped, batch, self.update, precision=self.precision, label_smoothing=smoothing)
+
+    def _keep_ranks_together(self, epoch: int) -> None:
+        """Compare the ranks' weights after an epoch; where they differ, all ranks go on with those of rank 0."""
+        if not sync.weights_differ(self.model, self.rank.device):
+            return
+        self.notes.append(
+            f"after epoch {epoch} the workers' weights differed, as on unlike hardware; all go on with worker 0's"
+        )
+        weights = [*self.model.parameters(), *(self.evaluated.parameters() if self._trained is not None else ())]
+        states = (self.optimizer.state[weight] for weight in self.model.parameters())
+        sync.send_from_rank_0([*weights, *(value for state in states for _, value in sorted(state.items()))])
 
     def _val_time_s(self) -> float:
         return float(self.history[-1].get("val_time_s", 0.0)) if self.history else 0.0
@@ -295,7 +318,7 @@ class TrainingRun:
             "train_loss": trained.sums.loss,
             "train_accuracy": trained.sums.accuracy,
             "train_rows": trained.sums.num_rows,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "lr": self._lr,
             "epoch_time_s": trained.time_s,
             "data_wait_s": trained.data_wait_s,
         }
@@ -303,7 +326,8 @@ class TrainingRun:
     def _evaluate(self, epoch: int) -> Metrics:
         started = time.perf_counter()
         # The bare network: DDP's forward would exchange buffers, and ranks have different numbers of val batches.
-        batches = plain_batches(*self.shards.val, EVAL_BATCH_SIZE)
+        on_cpu = self.rank.device.type == "cpu"
+        batches = plain_batches(*self.shards.val, EVAL_BATCH_SIZE if on_cpu else EVAL_BATCH_SIZE_ON_GPU)
         val = loop.evaluate(
             self.evaluated, batches, precision=self.precision, device=self.rank.device, tta=self.config.tta
         )
@@ -320,8 +344,7 @@ class TrainingRun:
         config = self.config
         total = config.epochs * self.steps
         factor = learning_rate(config.schedule, 1.0, config.warmup_fraction, step, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        self._lr = set_learning_rates(self.optimizer, factor)
 
 
 def build_model(config: TrainConfig, pixel_mean: float, pixel_std: float) -> FashionCNN:
@@ -360,9 +383,3 @@ def resident_batches(
         )
 
     return train_batches
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident set size, in bytes, that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

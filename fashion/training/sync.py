@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,56 @@ def own_states(model: nn.Module, device: torch.device) -> tuple[str, ...]:
 
 @torch.no_grad()
 def restore_own_states(states: Sequence[str], model: nn.Module, device: torch.device) -> None:
-    """Restore on this rank what `own_states` returned on it."""
-    contents = [bytearray(base64.b64decode(state)) for state in states]
-    torch.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(torch.frombuffer(contents.pop(0), dtype=torch.uint8), device)
-    for statistic, content in zip(batch_norm_statistics(model), contents, strict=True):
-        statistic.copy_(torch.frombuffer(content, dtype=statistic.dtype))
+    """Restore on this rank what `own_states` returned on it, on a CPU or on a GPU.
+
+    Of the generators it restores those that both devices have. The caller has seeded them: that of a GPU stays so in a
+    run that was saved on a CPU.
+    """
+    check_states(states, model)
+    contents = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states]
+    statistics = batch_norm_statistics(model)
+    generators = contents[: len(contents) - len(statistics)]
+    torch.set_rng_state(generators[0])
+    if device.type == "cuda" and len(generators) > 1:
+        torch.cuda.set_rng_state(generators[1], device)
+    for statistic, content in zip(statistics, contents[len(generators) :], strict=True):
+        statistic.copy_(content.view(statistic.dtype))
+
+
+def check_states(states: Sequence[str], model: nn.Module) -> None:
+    """Raise `ValueError` unless `states` are what `own_states` returns for a network like `model` on some device."""
+    sizes = [len(base64.b64decode(state)) for state in states]
+    of_statistics = [statistic.nbytes for statistic in batch_norm_statistics(model)]
+    split = len(sizes) - len(of_statistics)
+    # The generator of the CPU, and that of a GPU if the run was saved on one.
+    whole = split in (1, 2) and sizes[0] == torch.get_rng_state().nbytes and sizes[split:] == of_statistics
+    if not whole:
+        raise ValueError(f"states have {sizes[:8]} bytes")
+
+
+@torch.no_grad()
+def weights_differ(model: nn.Module, device: torch.device) -> bool:
+    """Return whether ranks have other weights than each other, by the sum of the weights' bits; costs one all-reduce.
+
+    Ranks compute the same update from the same gradients, but only on like hardware to the bit. Muon's products, for
+    one, differ between kinds of GPUs and of CPUs, and nothing else brings the ranks back together.
+    """
+    if not dist.is_initialized():
+        return False
+    sums = [weight.detach().view(torch.int32).sum(dtype=torch.int64) for weight in model.parameters()]
+    checksum = torch.stack(sums).sum().to(device)
+    least, negative_most = reduced = torch.stack([checksum, -checksum])
+    dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
+    return bool((least != -negative_most).item())
+
+
+@torch.no_grad()
+def send_from_rank_0(tensors: Iterable[Tensor]) -> None:
+    """Overwrite `tensors` on all ranks with those of rank 0, in the same order."""
+    for tensor in tensors:
+        sent = tensor.contiguous()
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
 
 
 def gather_epoch_states(own: EpochState) -> list[EpochState]:

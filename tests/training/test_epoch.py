@@ -15,8 +15,6 @@ from fashion.training import loop, sync
 from fashion.training.batches import (
     Augmentation,
     Batch,
-    augment,
-    erase_rectangles,
     plain_batches,
     shuffled_batches,
     stream_seed,
@@ -213,7 +211,7 @@ def test_alternating_flips_turn_every_row_in_every_epoch() -> None:
 def test_shifts_move_by_every_amount_up_to_the_limit_and_fill_with_background() -> None:
     images = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 14, 14] = 255
-    out = augment(images, None, 2, torch.Generator().manual_seed(0))
+    out = augmented(Augmentation(shift=2), images)
     places = out[:, 0].flatten(1).argmax(1)
     moves = {(int(p) // 28 - 14, int(p) % 28 - 14) for p in places}
     assert moves == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
@@ -221,10 +219,14 @@ def test_shifts_move_by_every_amount_up_to_the_limit_and_fill_with_background() 
     assert (out.flatten(1).sum(1) == 255).all()
 
 
+def augmented(augmentation: Augmentation, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return augmentation.apply(images, torch.arange(len(images)), seed=0, epoch=1, generator=generator)
+
+
 def erased(share: float, images: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Return which pixels (B, 28, 28) were erased; as good as all, for noise may leave a value as it is."""
-    generator = torch.Generator().manual_seed(seed)
-    return (erase_rectangles(images, share, generator) != images).squeeze(1)
+    return (augmented(Augmentation(erase=share), images, seed) != images).squeeze(1)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -249,7 +251,7 @@ def test_erasing_meets_its_share_and_its_areas(share: float) -> None:
 
 def test_erasing_reaches_every_pixel_and_fills_it_with_all_values() -> None:
     images = torch.zeros(3000, 1, 28, 28, dtype=torch.uint8)
-    out = erase_rectangles(images, 0.9, torch.Generator().manual_seed(0))
+    out = augmented(Augmentation(erase=0.9), images)
     assert (out != 0).any(0).all()
     counts = torch.bincount(out.flatten().long(), minlength=256)[1:].float()
     assert counts.min() > 0.9 * counts.mean()
