@@ -39,7 +39,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune study evaluate report bench test test-quick check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate report bench bench-gpu test test-quick check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ evaluate: setup ## Evaluate RUN_ID on SPLIT; EXPORT=folder writes the network fo
 report: setup ## One page of everything measured, for the browser: OUT
 	@mkdir -p $(dir $(OUT))
 	@$(RUN) jobs.report --storage $(storage) --out $(OUT) $(ARGS)
+
+bench-gpu: setup ## On a machine with a GPU: its tests, then steps, job and time to accuracy side by side
+	@.venv/bin/python -m pytest -m gpu
+	@$(RUN) jobs.bench --storage $(storage) --num-workers 1 --use-gpu yes --rows a,b,k $(ARGS)
 
 bench: setup ## Measure the job side by side with its alternatives
 	@$(RUN) jobs.bench --storage $(storage) $(scale_flags) $(ARGS)

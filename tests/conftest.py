@@ -47,7 +47,7 @@ def real_source() -> str:
     return str(REAL_DATA) if REAL_DATA.is_dir() else "synthetic"
 
 
-SLOW = ("slow", "commands", "ray", "cluster", "hosts", "faults", "quiet")
+SLOW = ("slow", "commands", "ray", "cluster", "hosts", "faults", "quiet", "gpu")
 # Tests of one lane run one after the other in one process and share what is costly to start: a Ray cluster, a head
 # node, hosts. Lanes run side by side, the longest first: most of their time is waiting for processes to start and end.
 # By file, and where a test of a file has another lane, by its name. Any other test runs beside all others.

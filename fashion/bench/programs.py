@@ -227,6 +227,35 @@ def time_to_accuracy(storage: Storage, scale: ScaleConfig, repeats: int) -> list
     return [Measurement("j_time_to_accuracy", "1/h", [ours], [reference], TARGET_SPEEDUP, threads)]
 
 
+def job_on_gpus(storage: Storage, scale: ScaleConfig, repeats: int) -> list[Measurement]:
+    """Row k: the command `jobs.train` with the default preset on GPUs, from command to last report, three figures of
+    it: its rate, 0 if it misses the published accuracy; images/s; and the memory of the fullest GPU.
+
+    Beside each stands the same with `--cuda-graph`. Each side runs once, whatever `repeats` is.
+    """
+    require_folder(storage, "k")
+    require(
+        ray.cluster_resources().get("GPU", 0) >= 1, "--rows k needs a GPU, and the cluster has none; leave the row out"
+    )
+    found = {}
+    for name, options in (("graph", ("--cuda-graph",)), ("plain", ())):
+        with scratch(storage) as folder:
+            started = time.perf_counter()
+            flags = job_flags(folder, scale, "timed", *options)
+            run_and_read([sys.executable, "-m", "jobs.train", *flags], dict(os.environ))
+            row = runs.load_run(open_storage(folder), "timed")
+            rate = inverse([time.perf_counter() - started])[0]
+        print(f"k: {name}: {row['wall_s']:.0f} s to test accuracy {row['test_accuracy']:.4f} on {row['device']}")
+        reached = rate if row["test_accuracy"] >= PUBLISHED_ACCURACY else 0.0
+        found[name] = {"time": reached, "speed": row["images_per_s"], "memory": row["peak_gpu_memory_bytes"] / 1e9}
+    threads = scale.threads_per_worker * max(scale.worker_range)
+    units = {"time": "1/h", "speed": "images/s", "memory": "GB"}
+    return [
+        Measurement(f"k_{name}_plain_vs_graph", unit, [found["plain"][name]], [found["graph"][name]], 0.0, threads)
+        for name, unit in units.items()
+    ]
+
+
 def time_keras(storage: Storage, max_seconds: float) -> float:
     """Return the seconds that the Keras script takes until it ends; print the accuracy that it reached."""
     until = ("--until", str(PUBLISHED_ACCURACY), "--max-seconds", str(max_seconds))

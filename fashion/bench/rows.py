@@ -18,5 +18,6 @@ ROWS: dict[str, Callable[[Storage, ScaleConfig, int], list[Measurement]]] = {
     "h": programs.startup_vs_bare_trainer,
     "i": trials.trial_vs_loop,
     "j": programs.time_to_accuracy,
+    "k": programs.job_on_gpus,
 }
 """Letter -> `measure(storage, scale, repeats)`, which times each side `repeats` times."""

@@ -16,6 +16,7 @@ from fashion.data import loading
 from fashion.data.manifest import check_same_data, load_manifest
 from fashion.data.rows import from_table, to_table
 from fashion.data.shards import StoredRows, shard_bounds
+from fashion.model.device import set_arithmetic
 from fashion.model.network import FashionCNN, place
 from fashion.reports import classification, runs, schemas, tables
 from fashion.storage import Storage, open_storage
@@ -58,6 +59,7 @@ def classify(stored: StoredRows, spec: ModelSpec) -> pa.Table:
     prepare_process(spec.threads)
     device = torch.device("cuda" if spec.use_gpu else "cpu")
     config = TrainConfig.from_dict(spec.config)
+    set_arithmetic(spec.precision, config.deterministic, device)
     model = load_model(open_storage(spec.storage), spec.folder, config, device)
     rows = to_table(stored.pull())
     batches = (rows.slice(start, ROWS_PER_BATCH) for start in range(0, len(rows), ROWS_PER_BATCH))

@@ -81,7 +81,7 @@ class SyncPoints:
         """Start after `step` steps of the epoch; the first point comes after the next one."""
         self._epoch = epoch
         self._first_bad_step = torch.full((), self.NEVER, device=device)
-        self._limit = MAX_STEPS_BETWEEN_SYNCS[device.type]
+        self._limit = MAX_STEPS_BETWEEN_SYNCS.get(device.type, MAX_STEPS_BETWEEN_SYNCS["cuda"])
         self._last, self._next, self._since = step, step + 1, time.perf_counter()
 
     def note(self, loss: Tensor, step: int) -> None:

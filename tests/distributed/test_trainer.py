@@ -326,6 +326,10 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.TrainResult,
     assert row["source_hash"] == provenance.source_hash()
     assert row["exchange"] == ("shared memory" if room_to_share() else "gloo")
     assert None not in [row[key] for key in ("images_per_s", "precision", "peak_memory_bytes", "wall_s", "finished_at")]
+    # Said by the workers of their own machine, not by the command of its.
+    assert row["hardware"] == provenance.hardware()
+    assert "hardware" not in trainer.identity_columns(TINY, load_manifest(storage))
+    assert row["peak_gpu_memory_bytes"] is None
     warm = [each for each in read_table(storage, "epochs", "whole") if each["split"] == "train"][1:]
     assert all(each["data_wait_s"] < 0.05 * each["epoch_time_s"] for each in warm), "erasing draws noise"
     losses = [each["loss"] for each in read_table(storage, "epochs", "whole") if each["split"] == "train"]
