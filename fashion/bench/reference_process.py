@@ -47,7 +47,8 @@ def keras_command(storage: str, batch_size: int, *until: str) -> list[str]:
 
 def job_flags(storage: str, scale: ScaleConfig, run_id: str, *more: str) -> list[str]:
     """Return the flags of `jobs.train` for a run with this worker group; `more` are further flags."""
-    shape = {flag(field.name): str(getattr(scale, field.name)) for field in dataclasses.fields(scale)}
+    values = {field.name: getattr(scale, field.name) for field in dataclasses.fields(scale)}
+    shape = {flag(name): str(value) for name, value in values.items() if value is not None}
     return ["--storage", storage, "--run-id", run_id, *itertools.chain.from_iterable(shape.items()), *more]
 
 

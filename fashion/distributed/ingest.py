@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fashion.config import TrainConfig
 from fashion.data.rows import SCHEMA, Split, from_table
+from fashion.model.device import to_device
 from fashion.training.batches import Augmentation, Batch, stream_seed
 from fashion.training.run import Rank, Shards, resident_batches
 
@@ -75,7 +76,7 @@ def streaming_batches(config: TrainConfig, rank: Rank, num_steps: int) -> Callab
         steps = 0
         for images, labels, index in resliced(tables, batch_size, generator):
             steps += 1
-            images, labels = images.to(rank.device), labels.to(rank.device)
+            images, labels = to_device(images, rank.device), to_device(labels, rank.device)
             yield augmentation.apply(images, index, seed=config.seed, epoch=epoch, generator=generator), labels
         assert steps == num_steps, (steps, num_steps)
 
