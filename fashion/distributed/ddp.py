@@ -9,6 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.distributed.shared_memory import ShardedOptimizer
+from fashion.model.eager import without_compiler
 from fashion.training.run import WrappedModel
 
 
@@ -31,7 +32,8 @@ def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: s
         shared = ShardedOptimizer.open(optimizer, dtype)
         if shared is not None:
             options["bucket_cap_mb"] = sum(parameter.nbytes for parameter in model.parameters()) / 2**20 + 1
-    prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
+    with without_compiler():
+        prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     if not isinstance(prepared, DistributedDataParallel):
         return prepared, optimizer.step, "none"
     if shared is not None:
