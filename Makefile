@@ -96,6 +96,9 @@ as_emulated-bf16 := $(avx2) FASHION_AUTO_PRECISION=bf16
 pytest := $(if $(PROCESSOR),env $(or $(as_$(PROCESSOR)),$(error PROCESSOR=$(PROCESSOR) must be avx2 or emulated-bf16))) \
 	.venv/bin/python -m pytest
 
+# Bytecode is written, whatever the environment says: several hundred processes would compile this project anew.
+test test-quick: export PYTHONDONTWRITEBYTECODE :=
+
 # Then lanes side by side, which wait for Ray more than they compute; at last, alone, what measures time or memory.
 test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-bf16 as another processor would
 	@$(pytest) -n auto --dist worksteal -m quick

@@ -22,10 +22,16 @@ from fashion.training.checkpoint_manager import name_of
 EPOCHS = 2
 EVERY_S = 2.0
 # Everything that draws at random is on.
-RECIPE = (
-    "--preset=smoke --epochs=2 --global-batch-size=32 --dropout-conv=0.05 --dropout-fc=0.1 "
-    f"--flip=random --shift=1 --start-or-resume --checkpoint-every-s={EVERY_S}"
-).split()
+RECIPE = [
+    "--preset=smoke",
+    "--epochs=2",
+    "--global-batch-size=32",
+    "--dropout-conv=0.05",
+    "--dropout-fc=0.1",
+    "--flip=random",
+    "--shift=1",
+    "--start-or-resume",
+]
 # Where a CPU has no bf16, or plays one that has none, torch computes bf16 at a twentieth of the speed.
 HAS_BF16 = "ONEDNN_MAX_CPU_ISA" not in os.environ and bool(
     {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there}
@@ -34,7 +40,7 @@ HAS_BF16 = "ONEDNN_MAX_CPU_ISA" not in os.environ and bool(
 ROWS = {"fp32": 320, "bf16": 320 if HAS_BF16 else 160}
 TIMES = ("epoch_time_s", "data_wait_s", "images_per_s")
 # With its driver a cluster's GCS is gone: a raylet looks for it for 10 s, its agent tries to tell it so for 60 s.
-LEFT_AFTER_S = 120
+LEFT_AFTER_S = 600
 
 Outcome = tuple[list[dict[str, Any]], dict[str, Tensor]]
 """`epochs` rows without times, and weights."""
@@ -47,11 +53,25 @@ DRIVERS: list["Driver"] = []
 
 
 class Driver:
-    """`jobs.train` as a process, and all that it starts."""
+    """`jobs.train` as a process, and all that it starts. It makes a checkpoint every `every_s` seconds; with 0, the
+    first one after its first step.
+    """
 
-    def __init__(self, storage: Storage, run_id: str, *flags: str, precision: str = "fp32", **environment: str) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        *flags: str,
+        precision: str = "fp32",
+        every_s: float = EVERY_S,
+        **environment: str,
+    ) -> None:
         command = [sys.executable, "-m", "jobs.train", "--storage", storage.uri, "--run-id", run_id]
-        command += [f"--precision={precision}", f"--max-train-rows={ROWS[precision]}"]
+        command += [
+            f"--precision={precision}",
+            f"--max-train-rows={ROWS[precision]}",
+            f"--checkpoint-every-s={every_s}",
+        ]
         self.process = subprocess.Popen(
             [*command, *RECIPE, *flags],
             stdout=subprocess.PIPE,
@@ -90,10 +110,10 @@ class Driver:
         while self.process.poll() is None and self.process.stdout is not None:
             self.look()
             self.said += self.process.stdout.readline()
-        self.said += self.process.communicate(timeout=600)[0]
+        self.said += self.process.communicate(timeout=1800)[0]
         return self.said
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 240.0) -> Any:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 900.0) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < deadline, "it did not come to that"

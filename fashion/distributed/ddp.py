@@ -9,6 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.distributed.shared_memory import ShardedOptimizer
+from fashion.model.eager import without_compiler
 from fashion.training.run import WrappedModel
 
 
@@ -34,7 +35,7 @@ def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: s
     # A CUDA graph of the step can be captured only if DDP was made on another stream than the default one.
     on_gpu = ray.train.torch.get_device().type == "cuda"
     stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):  # None changes nothing
+    with without_compiler(), torch.cuda.stream(stream):  # None changes nothing
         prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     if not isinstance(prepared, DistributedDataParallel):
         return prepared, optimizer.step, "none"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fashion.config import TrainConfig
+from fashion.model.eager import leave_compiler_out
 from fashion.model.network import LearnedConv2d
 
 # Momentum of SGD and of Muon.
@@ -147,6 +148,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     The factors of learned padding are a group of their own without weight decay, which would pull them to 0; they start
     at 1.
     """
+    leave_compiler_out()
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     factors = [layer.border for layer in model.modules() if isinstance(layer, LearnedConv2d)]
     undecayed = [{"params": factors, "peak_lr": config.lr, "weight_decay": 0.0}] if factors else []

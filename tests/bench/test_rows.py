@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,12 +67,12 @@ def test_a_row_without_a_target_is_not_called_met(capsys: pytest.CaptureFixture[
 
 
 class Learner:
-    """Stands in for the Keras model: each `fit` takes 0.1 s and raises the accuracy by 0.1."""
+    """Stands in for the Keras model: each `fit` takes 0.1 s, by its own clock, and raises the accuracy by 0.1."""
 
-    accuracy = 0.5
+    accuracy, seconds = 0.5, 0.0
 
     def fit(self, *rows: object, **options: object) -> None:
-        time.sleep(0.1)
+        self.seconds += 0.1
         self.accuracy += 0.1
 
     def evaluate(self, *rows: object, **options: object) -> tuple[float, float]:
@@ -80,11 +81,19 @@ class Learner:
 
 @pytest.mark.parametrize(("accuracy", "seconds", "epochs"), [(0.75, 60.0, 3), (9.9, 0.25, 3), (0.55, 60.0, 1)])
 def test_keras_trains_until_the_accuracy_or_until_time_is_over(
-    accuracy: float, seconds: float, epochs: int, lenient: Path, storage: Storage, capsys: pytest.CaptureFixture[str]
+    accuracy: float,
+    seconds: float,
+    epochs: int,
+    lenient: Path,
+    storage: Storage,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     preparation.prepare(storage, str(lenient), val_rows=300)
     capsys.readouterr()
-    reference_keras.train_until(Learner(), storage, 8, accuracy, seconds)
+    learner = Learner()
+    monkeypatch.setattr(reference_keras, "time", SimpleNamespace(perf_counter=lambda: learner.seconds))
+    reference_keras.train_until(learner, storage, 8, accuracy, seconds)
     assert len(capsys.readouterr().out.splitlines()) == epochs
 
 

@@ -36,7 +36,9 @@ def run(project: Path, *command: str, **environment: str) -> subprocess.Complete
     """Run a command in the copy, without the user's own settings of Ray and make."""
     foreign = ("RAY_", "MAKE", "MFLAGS")
     variables = {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | environment
-    return subprocess.run(command, capture_output=True, text=True, cwd=project, env=variables, timeout=600, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=project, env=variables, timeout=1800, check=False
+    )
 
 
 def make(project: Path, target: str, *variables: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -152,7 +154,7 @@ def test_without_the_token_nothing_is_accepted(project: Path, running: str) -> N
             capture_output=True,
             text=True,
             env=variables | {"HOME": home},
-            timeout=120,
+            timeout=900,
             check=False,
         )
     assert bare.returncode != 0

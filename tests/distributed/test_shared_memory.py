@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fashion.distributed import shared_memory as exchange
 from fashion.distributed.ddp import mean_in_rank_order
 from fashion.distributed.shared_memory import ShardedOptimizer, slices_of
 from fashion.model import network as model_module
+from fashion.model.eager import without_compiler
 from fashion.training.optimizer import build_optimizer
 from fashion.training.run import build_model
 
@@ -30,6 +32,8 @@ pytestmark = [
 ]
 
 WORLD_SIZE = 3
+# A rank that is gone is noticed by its closed connections, not after this time, within which pytest ends the test.
+LIMIT_S = 1800
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 WIDTHS = (1, 2, 3, 8)
 
@@ -38,7 +42,7 @@ def join(rank: int, folder: str) -> None:
     """Make a process a rank of a gloo group that meets in `folder`."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=LIMIT_S))
 
 
 def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -65,6 +69,12 @@ def step(
     update()
 
 
+def in_ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wrap a network as the loop does, without torch's compiler."""
+    with without_compiler():
+        return DistributedDataParallel(model, **options)
+
+
 def average_in_rank_order(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """What `ShardedOptimizer` says that it does, through sockets."""
     gradient = bucket.buffer()
@@ -89,12 +99,12 @@ def check_on_every_rank(rank: int, folder: str) -> None:
 def check_steps(rank: int, name: str, dtype: torch.dtype) -> None:
     """Weights and state are those of every rank moving everything, while ranks dawdle, and after a load in between."""
     plain, plain_optimizer = started(name)
-    wrapped = DistributedDataParallel(plain, gradient_as_bucket_view=True)
+    wrapped = in_ddp(plain, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(dtype, average_in_rank_order)
     model, optimizer = started(name)
     shared = ShardedOptimizer.open(optimizer, dtype)
     assert shared is not None
-    ours = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
+    ours = in_ddp(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
     ours.register_comm_hook(None, shared.hook)
     for turn in range(4):
         if turn == 2:
@@ -119,7 +129,7 @@ def check_sockets(dtype: torch.dtype, rank: int) -> None:
     for (net, optimizer), hook, cap_mb in zip(
         nets, (average_in_rank_order, mean_in_rank_order, mean_in_rank_order), (30, 30, 1), strict=True
     ):
-        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb)
+        wrapped = in_ddp(net, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb)
         wrapped.register_comm_hook(dtype, hook)
         for turn in range(2):
             step(wrapped, optimizer, optimizer.step, rank, turn)
@@ -143,11 +153,11 @@ def check_ranks_that_cannot_share(rank: int) -> None:
 
 
 def check_death(rank: int) -> None:
-    """A rank that died is noticed at once, not after the time limit of a minute."""
+    """A rank that died is noticed at once, not after the time limit."""
     model, optimizer = started("muon")
     shared = ShardedOptimizer.open(optimizer, torch.float32)
     assert shared is not None
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
+    wrapped = in_ddp(model, gradient_as_bucket_view=True, bucket_cap_mb=30)
     wrapped.register_comm_hook(None, shared.hook)
     step(wrapped, optimizer, shared.step, rank, 0)
     if rank == 2:
@@ -155,7 +165,7 @@ def check_death(rank: int) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError):
         step(wrapped, optimizer, shared.step, rank, 1)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < LIMIT_S / 10
 
 
 def left_behind() -> list[Path]:

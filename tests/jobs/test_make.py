@@ -18,7 +18,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     """Run make without the user's own variables."""
     command = ["make", "--no-print-directory", "-o", ".venv/.installed", *arguments]
     variables = {"PATH": os.environ["PATH"], **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=300, check=False)
 
 
 def commands(*arguments: str, **environment: str) -> list[list[str]]:

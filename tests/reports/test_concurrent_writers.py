@@ -46,7 +46,7 @@ def writers(storage: Storage) -> Iterator[list[subprocess.Popen[bytes]]]:
         subprocess.Popen([sys.executable, "-c", WRITE, storage.uri, f"run-{number}", str(EPOCHS)], cwd=ROOT)
         for number in range(RUNS)
     ]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(runs.list_runs(storage)) < RUNS:
         assert time.monotonic() < deadline, "the writers do not write"
         time.sleep(0.01)

@@ -555,7 +555,7 @@ def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp
         *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--window-size=1200,2000"),
         *("--dump-dom", page.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     plots_there = len(Reader(html).all("div", "plot"))
     assert f'data-drawn="{plots_there}"' in done.stdout
     drawn = done.stdout.split('<div class="plot js-plotly-plot"')[1:]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import Depth, Precision, TrainConfig
 from fashion.data import synthetic
+from fashion.model.eager import without_compiler
 from fashion.model.network import place
 from fashion.training import checkpoint, loop, sync
 from fashion.training.batches import Batch, plain_batches
@@ -52,7 +53,8 @@ def run_of(config: TrainConfig, num_train_rows: int, num_val_rows: int = 100, ra
 def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> WrappedModel:
     if not dist.is_initialized():
         return without_ddp(network, optimizer, precision)
-    return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
+    with without_compiler():
+        return DistributedDataParallel(network, broadcast_buffers=False), optimizer.step, "gloo"
 
 
 def train_and_save(run: TrainingRun, save: Callable[[], object]) -> None:
@@ -177,13 +179,22 @@ def test_an_average_moves_after_every_step_needs_no_val_and_leaves_training_as_i
 
 
 WORLD_SIZE = 2
+CASES: tuple[tuple[bool, Precision], ...] = ((True, "fp32"), (True, "bf16"), (False, "fp32"))
+"""Whether rows are held out for val, and the precision."""
 
 
-def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: Precision) -> None:
-    """Train, keep what rank 0 saves after the first step, go on from there on all ranks, compare."""
+def check_on_every_rank(rank: int, folder: str) -> None:
+    """Check all cases in the same processes, which take as long to start as to train."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
+    for hold_out_val, precision in CASES:
+        check_lives(rank, folder, hold_out_val, precision)
+    dist.destroy_process_group()
+
+
+def check_lives(rank: int, folder: str, hold_out_val: bool, precision: Precision) -> None:
+    """Train, keep what rank 0 saves after the first step, go on from there on all ranks, compare."""
     config = TrainConfig(
         preset="smoke",
         epochs=1,
@@ -196,7 +207,7 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: P
         precision=precision,
     )
     whole, again = (run_of(config, 24, 9 if hold_out_val else 0, Rank(rank, WORLD_SIZE)) for _ in range(2))
-    saved = Path(folder, "saved")
+    saved = Path(folder, f"saved-{hold_out_val}-{precision}")
 
     def save() -> None:
         if rank == 0 and whole.step == 1:
@@ -215,15 +226,13 @@ def check_on_every_rank(rank: int, folder: str, hold_out_val: bool, precision: P
     found: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(found, sums)
     assert found[0] == found[1], "ranks differ"
-    assert sums[0] == sums[1] != sums[2] == sums[3]
-    dist.destroy_process_group()
+    assert sums[0] == sums[1] != sums[2] == sums[3], (hold_out_val, precision)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hold_out_val", "precision"), [(True, "fp32"), (True, "bf16"), (False, "fp32")])
-def test_all_ranks_end_with_the_same_networks(tmp_path: Path, hold_out_val: bool, precision: Precision) -> None:
+def test_all_ranks_end_with_the_same_networks(tmp_path: Path) -> None:
     """The one that is trained and its average, both with the statistics of all rows; in one life or two."""
-    torch.multiprocessing.spawn(check_on_every_rank, (str(tmp_path), hold_out_val, precision), WORLD_SIZE)
+    torch.multiprocessing.spawn(check_on_every_rank, (str(tmp_path),), WORLD_SIZE)
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -286,6 +295,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.quiet
+def test_batches_are_ready_when_steps_want_them(one_thread: None) -> None:
+    """With all that is drawn for each image, noise of erasing included. The first epoch makes what later ones use."""
+    config = TrainConfig(
+        preset="smoke", epochs=2, global_batch_size=16, flip="random", shift=1, erase=0.1, precision="fp32"
+    )
+    _, warm = run_of(config, 256).epochs()
+    assert warm["data_wait_s"] < 0.05 * warm["epoch_time_s"]
 
 
 @pytest.mark.slow
