@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -128,7 +129,7 @@ def up(extra: list[str]) -> str:
     exports = {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": state["url"], "RAY_AUTH_MODE": "token"} | LOOPBACK
     if path := env.get("RAY_AUTH_TOKEN_PATH"):
         exports["RAY_AUTH_TOKEN_PATH"] = path
-    ENV.write_text("".join(f"export {key}='{value}'\n" for key, value in exports.items()))
+    ENV.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items()))
     return f"Ray is up: dashboard {state['url']}, GCS {address}, pid {head.pid}, log {LOG}"
 
 
@@ -196,15 +197,14 @@ def submit(module: str, flags: list[str]) -> NoReturn:
     job's status afterwards.
     """
     state = running_head()
-    exports = dict(line.removeprefix("export ").split("=", 1) for line in ENV.read_text().splitlines())
-    variables = {key: value.strip("'") for key, value in exports.items()}
+    variables = dict(word.split("=", 1) for word in shlex.split(ENV.read_text()) if word != "export")
     name = f"{module.rpartition('.')[2]}-{secrets.token_hex(4)}"
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", module]
     try:
         code = subprocess.run([*command, *flags], env={**os.environ, **variables}, check=False).returncode
     except KeyboardInterrupt:
-        ray_job = f". {ENV}; {ray} job"
+        ray_job = f". {shlex.quote(str(ENV))}; {shlex.quote(ray)} job"
         print(f"job {name} goes on without being followed", file=sys.stderr)
         print(f"follow it again: {ray_job} logs --follow {name}\nstop it: {ray_job} stop {name}", file=sys.stderr)
         sys.exit(1)
