@@ -41,7 +41,7 @@ blank := $(empty) $(empty)
 tab := $(empty)	$(empty)
 encoded = $(subst $(tab),<<tab>>,$(subst $(blank),<<blank>>,$(1)))
 decoded = $(subst <<tab>>,$(tab),$(subst <<blank>>,$(blank),$(1)))
-path = $(call quoted,$(call decoded,$(abspath $(patsubst ~/%,$(HOME)/%,$(call encoded,$(value $(1)))))))
+path = $(call quoted,$(call decoded,$(abspath $(patsubst ~/%,$(call encoded,$(HOME))/%,$(call encoded,$(value $(1)))))))
 # A storage may be a URI, and a source a word.
 path_or = $(if $(or $(findstring ://,$(value $(1))),$(filter $(2),$(call encoded,$(value $(1))))),$(call quoted,$(value $(1))),$(call path,$(1)))
 storage := $(call path_or,STORAGE)

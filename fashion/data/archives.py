@@ -52,8 +52,7 @@ def open_plain_or_gzip(path: Path) -> IO[bytes]:
     start = first_bytes(path)
     packed = start[:2] == b"\x1f\x8b"
     require(packed or path.suffix != ".gz" or start[:2] == b"\0\0", f"{path}: not a whole gzip file; fetch it again")
-    stream: IO[bytes] = cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
-    return stream
+    return cast("IO[bytes]", gzip.GzipFile(path)) if packed else path.open("rb")
 
 
 def first_bytes(path: Path) -> bytes:

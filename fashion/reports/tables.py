@@ -128,11 +128,10 @@ def write_csv(storage: Storage, folder: Path) -> list[Path]:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         names = SCHEMAS[table].names
-        writer.writerow(["run_id", *(name for name in names if name != "run_id")])
+        writer.writerow(["run_id", *names])
         for run_id in run_ids:
             for row in read_table(storage, table, run_id):
-                row["run_id"] = run_id
-                writer.writerow([run_id, *(as_text(row[name]) for name in names if name != "run_id")])
+                writer.writerow([run_id, *(as_text(row[name]) for name in names)])
         written.write_bytes(text.getvalue().encode(), f"{table}.csv")
     return [folder / f"{table}.csv" for table in tables]
 
