@@ -80,8 +80,21 @@ def read_settings() -> dict[str, Any] | None:
     return state if command.exists() and state["temp_dir"].encode() in command.read_bytes() else None
 
 
-def head_environment() -> dict[str, str]:
-    """Return the head's environment variables; makes a token unless the user has set one."""
+def plain_python(temp_dir: str) -> Path:
+    """Return this Python by a path that a shell reads as one word, if need be through a link in `temp_dir`.
+
+    Ray 2.60 starts workers with `bash -c "exec PYTHON ..."` and does not quote PYTHON, so its processes would end in a
+    folder whose name holds a blank.
+    """
+    if shlex.quote(sys.executable) == sys.executable:
+        return Path(sys.executable)
+    link = Path(temp_dir, "venv")
+    link.symlink_to(sys.prefix)
+    return link / Path(sys.executable).relative_to(sys.prefix)
+
+
+def head_environment(python: Path) -> dict[str, str]:
+    """Return the variables of a head that `python` runs; makes a token unless the user has set one."""
     os.umask(0o077)
     HOME.mkdir(exist_ok=True)
     env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
@@ -90,7 +103,7 @@ def head_environment() -> dict[str, str]:
         if not TOKEN.exists():
             TOKEN.write_text(secrets.token_hex(32))
         env["RAY_AUTH_TOKEN_PATH"] = str(TOKEN)
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # so that a job's `python` is this one
+    env["PATH"] = f"{python.parent}:{env['PATH']}"  # so that a job's `python` is this one
     env |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     return env | LOOPBACK
 
@@ -110,10 +123,11 @@ def up(extra: list[str]) -> str:
     if state := read_settings():
         return f"Ray runs already at {state['url']} (pid {state['pid']})."
     down()  # removes what a head that crashed left behind
-    env = head_environment()
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    python = plain_python(temp_dir)
+    env = head_environment(python)
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={temp_dir}",
+        str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={temp_dir}",
         f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
         "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", *extra,
