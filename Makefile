@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .NOTPARALLEL: # targets named together depend on each other's results
 
 PYTHON ?= python3
-STORAGE ?= $(or $(FASHION_STORAGE),results)
+CSV ?=
 NUM_WORKERS ?= 2
 SPLIT ?= test
 OUT ?= results/report.html
@@ -19,14 +19,38 @@ RUN := .venv/bin/python -m
 # Runs under make start a cluster of their own here; submitted jobs join the one of `make up`.
 export RAY_ADDRESS ?= local
 
-# A storage is a URI or a path; a submitted job runs in another folder, so it is given the path in full.
-storage := $(if $(findstring ://,$(STORAGE)),$(STORAGE),$(abspath $(STORAGE)))
-# So is a source that is a folder.
-in_full = $(or $(realpath $(1)),$(1))
-flag = $(if $($(1)),--$(2) $($(1)))
-scale_flags = --num-workers $(NUM_WORKERS) $(call flag,CPUS_PER_WORKER,cpus-per-worker) $(call flag,USE_GPU,use-gpu)
-source_flag = $(if $(SOURCE),--source $(call in_full,$(SOURCE)))
-submit_source = $(or $(source_flag),$(if $(FASHION_MNIST_SOURCE),--source $(call in_full,$(FASHION_MNIST_SOURCE))))
+# Values of the user's go to the shell in single quotes, whatever signs they hold; `value` takes a `$` as it was typed.
+quoted = '$(subst ','\'',$(1))'
+# A new line would end the command, so it is refused. The names of all variables that make must hand on whole:
+PASSED := STORAGE FASHION_STORAGE SOURCE FASHION_MNIST_SOURCE OUT EXPORT CSV RUN_ID SEARCH_ID STUDY_ID MLFLOW
+define newline
+
+
+endef
+$(foreach name,$(PASSED),$(if $(findstring $(newline),$(value $(name))),\
+	$(error $(name) holds a line break, which make cannot hand on; name another)))
+
+ifeq ($(value STORAGE),)
+override STORAGE := $(if $(value FASHION_STORAGE),$(value FASHION_STORAGE),results)
+endif
+
+# Submitted jobs run in another folder, so paths are given in full. make's functions for paths split at blanks: these
+# are another sign meanwhile.
+empty :=
+blank := $(empty) $(empty)
+tab := $(empty)	$(empty)
+encoded = $(subst $(tab),<<tab>>,$(subst $(blank),<<blank>>,$(1)))
+decoded = $(subst <<tab>>,$(tab),$(subst <<blank>>,$(blank),$(1)))
+path = $(call quoted,$(call decoded,$(abspath $(patsubst ~/%,$(call encoded,$(HOME))/%,$(call encoded,$(value $(1)))))))
+# A storage may be a URI, and a source a word.
+path_or = $(if $(or $(findstring ://,$(value $(1))),$(filter $(2),$(call encoded,$(value $(1))))),$(call quoted,$(value $(1))),$(call path,$(1)))
+storage := $(call path_or,STORAGE)
+flag = $(if $(value $(1)),--$(2) $(call quoted,$(value $(1))))
+SOURCES := auto download synthetic
+source_of = $(if $(value $(1)),--source $(call path_or,$(1),$(SOURCES)))
+source_flag = $(call source_of,SOURCE)
+submit_source = $(or $(source_flag),$(call source_of,FASHION_MNIST_SOURCE))
+scale_flags = $(call flag,NUM_WORKERS,num-workers) $(call flag,CPUS_PER_WORKER,cpus-per-worker) $(call flag,USE_GPU,use-gpu)
 train_flags = --storage $(storage) $(scale_flags) $(call flag,RUN_ID,run-id) $(call flag,PRESET,preset) \
 	$(call flag,EPOCHS,epochs) $(call flag,LR,lr) $(call flag,DROPOUT_CONV,dropout-conv) \
 	$(call flag,DROPOUT_FC,dropout-fc) $(call flag,GLOBAL_BATCH_SIZE,global-batch-size) $(call flag,SEED,seed) \
@@ -57,9 +81,9 @@ setup: .venv/.installed ## Make the virtual environment from the lock file
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
 	@told=$$($(RUN) jobs.prepare --storage $(storage) $(source_flag) --or-synthetic) || exit; echo "$$told"; \
-	source=$(SOURCE); case "$$told" in *": fashion-mnist-synthetic, "*) source=synthetic;; esac; \
+	source=$(call quoted,$(value SOURCE)); case "$$told" in *": fashion-mnist-synthetic, "*) source=synthetic;; esac; \
 	$(MAKE) --no-print-directory train evaluate report EPOCHS=1 SPLIT=val \
-		RUN_ID=$(or $(RUN_ID),quickstart-$(shell date -u +%Y%m%d-%H%M%S)) SOURCE=$$source
+		RUN_ID=$(call quoted,$(or $(value RUN_ID),quickstart-$(shell date -u +%Y%m%d-%H%M%S))) SOURCE="$$source"
 
 prepare: setup ## Fetch, verify, split and write the data, once: SOURCE, VAL_ROWS, SEED of the split
 	@$(RUN) jobs.prepare --storage $(storage) $(source_flag) $(call flag,VAL_ROWS,val-rows) $(call flag,SEED,seed) $(ARGS)
@@ -75,12 +99,12 @@ study: setup ## Compare cures against overfitting: PARTS, SEEDS, EPOCHS, MAX_TRA
 		$(call flag,SEEDS,seeds) $(call flag,EPOCHS,epochs) $(call flag,MAX_TRAIN_ROWS,max-train-rows) $(source_flag) $(ARGS)
 
 evaluate: setup ## Evaluate RUN_ID on SPLIT; EXPORT=folder writes the network for use elsewhere
-	@test -n "$(RUN_ID)" || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
-	@$(RUN) jobs.evaluate --storage $(storage) --run-id $(RUN_ID) --split $(SPLIT) $(scale_flags) $(if $(EXPORT),--export $(abspath $(EXPORT))) $(ARGS)
+	@test -n $(call quoted,$(value RUN_ID)) || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
+	@$(RUN) jobs.evaluate --storage $(storage) $(call flag,RUN_ID,run-id) $(call flag,SPLIT,split) $(scale_flags) $(if $(value EXPORT),--export $(call path,EXPORT)) $(ARGS)
 
-report: setup ## One page of everything measured, for the browser: OUT
-	@mkdir -p $(dir $(OUT))
-	@$(RUN) jobs.report --storage $(storage) --out $(OUT) $(ARGS)
+report: setup ## One page of everything measured, for the browser: OUT; CSV=folder writes every table as CSV too
+	@mkdir -p "$$(dirname $(call path,OUT))"
+	@$(RUN) jobs.report --storage $(storage) --out $(call path,OUT) $(if $(value CSV),--csv $(call path,CSV)) $(ARGS)
 
 bench-gpu: setup ## On a machine with a GPU: its tests, then steps, job and time to accuracy side by side
 	@.venv/bin/python -m pytest -m gpu

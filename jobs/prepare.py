@@ -20,7 +20,8 @@ class Flags:
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that holds data, runs and reports."""
     source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
-    """auto (what is prepared already, else download), download, synthetic, or a folder with the four archives."""
+    """auto (what is prepared, else what Keras, torchvision or the hub left here, else download), download, synthetic,
+    or a folder that holds the data in any form that docs/design.md names."""
     val_rows: int = 5000
     """Rows that validation takes from the 60,000, equally many of each class."""
     seed: int = 0

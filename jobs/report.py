@@ -18,6 +18,8 @@ class Flags:
     """File to write; its folder must exist."""
     png: str = ""
     """Folder to write every figure to as PNG as well; it is created if it does not exist."""
+    csv: str = ""
+    """Folder to write every table to as CSV as well; it is created if it does not exist."""
     run_id: str = ""
     """Runs or searches to show: names with commas between them; all if empty."""
 
@@ -27,12 +29,17 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     flags = cli.parse(Flags, argv, prog="python -m jobs.report", description=__doc__ or "")
     run_ids = [name.strip() for name in flags.run_id.split(",") if name.strip()]
+    from fashion.reports import tables
     from fashion.reports.page.build import build_page
     from fashion.storage import open_storage
 
+    storage = open_storage(flags.storage)
     out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None
-    written = build_page(open_storage(flags.storage), out, png=png, run_ids=run_ids)
+    written = build_page(storage, out, png=png, run_ids=run_ids)
     print(f"{len(written)} file(s) in {time.perf_counter() - started:.1f} s")
+    if flags.csv:
+        for path in tables.write_csv(storage, Path(flags.csv).expanduser()):
+            print(f"table: {path.absolute()}")
     if png is not None:
         print(f"figures: {png.absolute()}")
     print(f"page: {out.absolute()} ({out.stat().st_size / 1e6:.1f} MB)")

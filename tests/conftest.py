@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from fashion import cli
@@ -150,9 +151,24 @@ def few_archives(tmp_path_factory: pytest.TempPathFactory, small_archives: Path)
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch, small_archives: Path) -> Path:
     """The small archives, taken for the official ones."""
-    sums = {name: file_sha256(small_archives / name) for name in ARCHIVES}
-    monkeypatch.setattr(archives_module, "ARCHIVES", sums)
+    take_for_official(monkeypatch, small_archives)
     return small_archives
+
+
+def take_for_official(patch: pytest.MonkeyPatch, archives: Path) -> None:
+    """Let the four archives in a folder be taken for the official ones: their sums, those of their rows, the order."""
+    patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
+    sums: dict[str, str] = {}
+    order: dict[str, np.ndarray] = {}
+    for stem in ("train", "t10k"):
+        pair = archives_module.read_pair(
+            *(archives / f"{stem}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        )
+        sums |= archives_module.rows_sha256(stem, pair)
+        order[stem] = np.argsort(np.argsort(archives_module.row_keys(pair), kind="stable"), kind="stable")
+    np.savez(archives / "order.npz", **order)
+    patch.setattr(archives_module, "ROWS", sums)
+    patch.setattr(archives_module, "ORDER_FILE", archives / "order.npz")
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +184,7 @@ def tiny_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 def prepare_archives(storage: Storage, archives: Path, val_rows: int = 100) -> None:
     """Prepare `archives`, taken for the official ones: most of a short run on all rows would be its evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archives_module, "ARCHIVES", {name: file_sha256(archives / name) for name in ARCHIVES})
+        take_for_official(patch, archives)
         preparation.prepare(storage, str(archives), val_rows=val_rows)
 
 

@@ -147,7 +147,7 @@ def check_make(words: Sequence[str]) -> Iterator[str]:
         name, equals, _ = word.partition("=")
         others = [*words[:number], *words[number + 1 :]]
         # The target `setup` is up to date here, so nothing is printed.
-        if equals and f"$({name})" not in MAKEFILE and f"flag,{name}," not in MAKEFILE:
+        if equals and not re.search(rf"(\$\(|[ ,]){name}[,)]", MAKEFILE):
             yield f"the Makefile has no variable {name}"
         elif equals and "setup" not in words and run_make(storage, *others) == (code, printed):
             yield f"{word} changes nothing"

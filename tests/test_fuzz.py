@@ -215,7 +215,7 @@ def test_archives(tmp_path: Path) -> None:
         inside = rng.random() < 0.5
         content = gzip.compress(damaged(rng, raw), rng.choice([0, 1])) if inside else damaged(rng, packed)
         (tmp_path / name).write_bytes(content)
-        images, labels = archives.read_pair(tmp_path, "train")
+        images, labels = archives.read_pair(tmp_path / IMAGES_FILE, tmp_path / LABELS_FILE)
         assert images.shape == (len(labels), 28, 28) and labels.max() < 10
 
     fuzz(parse, told="train")

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def connect(num_cpus: int | None = None) -> None:
             provide_token()
             provide_temporary_folder()
             options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+            python = shlex.quote(sys.executable)
+            if python != sys.executable:
+                # Ray 2.60 does not quote the path of Python in the shell command of a worker: in a folder whose name
+                # holds a blank, workers would never start, and a search would wait for them for ever.
+                options["runtime_env"] = {"py_executable": python}
             # Nobody preempts this machine, so Ray need not watch for that.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # This cluster's GCS is never restarted: when it is gone, as after a crash of this process, Ray's other

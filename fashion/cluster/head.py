@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -79,8 +80,21 @@ def read_settings() -> dict[str, Any] | None:
     return state if command.exists() and state["temp_dir"].encode() in command.read_bytes() else None
 
 
-def head_environment() -> dict[str, str]:
-    """Return the head's environment variables; makes a token unless the user has set one."""
+def plain_python(temp_dir: str) -> Path:
+    """Return this Python by a path that a shell reads as one word, if need be through a link in `temp_dir`.
+
+    Ray 2.60 starts workers with `bash -c "exec PYTHON ..."` and does not quote PYTHON, so its processes would end in a
+    folder whose name holds a blank.
+    """
+    if shlex.quote(sys.executable) == sys.executable:
+        return Path(sys.executable)
+    link = Path(temp_dir, "venv")
+    link.symlink_to(sys.prefix)
+    return link / Path(sys.executable).relative_to(sys.prefix)
+
+
+def head_environment(python: Path) -> dict[str, str]:
+    """Return the variables of a head that `python` runs; makes a token unless the user has set one."""
     os.umask(0o077)
     HOME.mkdir(exist_ok=True)
     env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
@@ -89,7 +103,7 @@ def head_environment() -> dict[str, str]:
         if not TOKEN.exists():
             TOKEN.write_text(secrets.token_hex(32))
         env["RAY_AUTH_TOKEN_PATH"] = str(TOKEN)
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # so that a job's `python` is this one
+    env["PATH"] = f"{python.parent}:{env['PATH']}"  # so that a job's `python` is this one
     env |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     return env | LOOPBACK
 
@@ -109,10 +123,11 @@ def up(extra: list[str]) -> str:
     if state := read_settings():
         return f"Ray runs already at {state['url']} (pid {state['pid']})."
     down()  # removes what a head that crashed left behind
-    env = head_environment()
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    python = plain_python(temp_dir)
+    env = head_environment(python)
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={temp_dir}",
+        str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={temp_dir}",
         f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0",
         "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=true",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", *extra,
@@ -128,7 +143,7 @@ def up(extra: list[str]) -> str:
     exports = {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": state["url"], "RAY_AUTH_MODE": "token"} | LOOPBACK
     if path := env.get("RAY_AUTH_TOKEN_PATH"):
         exports["RAY_AUTH_TOKEN_PATH"] = path
-    ENV.write_text("".join(f"export {key}='{value}'\n" for key, value in exports.items()))
+    ENV.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items()))
     return f"Ray is up: dashboard {state['url']}, GCS {address}, pid {head.pid}, log {LOG}"
 
 
@@ -196,15 +211,14 @@ def submit(module: str, flags: list[str]) -> NoReturn:
     job's status afterwards.
     """
     state = running_head()
-    exports = dict(line.removeprefix("export ").split("=", 1) for line in ENV.read_text().splitlines())
-    variables = {key: value.strip("'") for key, value in exports.items()}
+    variables = dict(word.split("=", 1) for word in shlex.split(ENV.read_text()) if word != "export")
     name = f"{module.rpartition('.')[2]}-{secrets.token_hex(4)}"
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--submission-id", name, "--working-dir", ".", "--", "python", "-m", module]
     try:
         code = subprocess.run([*command, *flags], env={**os.environ, **variables}, check=False).returncode
     except KeyboardInterrupt:
-        ray_job = f". {ENV}; {ray} job"
+        ray_job = f". {shlex.quote(str(ENV))}; {shlex.quote(ray)} job"
         print(f"job {name} goes on without being followed", file=sys.stderr)
         print(f"follow it again: {ray_job} logs --follow {name}\nstop it: {ray_job} stop {name}", file=sys.stderr)
         sys.exit(1)

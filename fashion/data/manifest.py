@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fashion.config import UserError, build, parse_object, require
-from fashion.data.archives import archives_from, check_archives
+from fashion.data.sources import check_folder
 from fashion.storage import Storage
 
 SPLITS = ("train", "val", "test")
@@ -40,7 +40,9 @@ class Manifest:
     files: dict[str, dict[str, str]]
     """Per split: file name -> SHA-256 of its bytes."""
     archives: dict[str, str]
-    """Archive name -> SHA-256."""
+    """Archive name -> SHA-256: of the official archives that hold these rows, in whichever form they were found."""
+    source: str = ""
+    """Where the rows were found and in which form; empty in data that an earlier version prepared."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -71,8 +73,7 @@ def check_source(storage: Storage, manifest: Manifest, source: str) -> None:
     else:
         require(source != "synthetic", f"{place} holds {manifest.dataset}, not the stand-in; name another --storage")
     if source not in ("auto", "download", "synthetic"):
-        with archives_from(source) as (folder, official):
-            check_archives(folder, official=official)
+        check_folder(source)
 
 
 def check_same_data(storage: Storage, manifest: Manifest, run: dict[str, Any]) -> None:

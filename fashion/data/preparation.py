@@ -1,8 +1,8 @@
-"""Turn the archives into Parquet: split them, stratified by class; write the files; write the manifest last."""
+"""Turn the rows of a source into Parquet: split them, stratified by class; write the files; write the manifest last."""
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fashion.config import NUM_CLASSES, require
-from fashion.data.archives import archives_from, check_archives, read_pair
 from fashion.data.manifest import DATA_FOLDER, Manifest, check_same_request, find_manifest
 from fashion.data.rows import Split, to_table
+from fashion.data.sources import Source, read_source
 from fashion.storage import Storage
 
 # Files of some 4 MB, several for the training rows, which Ray Data can then read in parallel.
@@ -37,13 +37,13 @@ def stratified_val_rows(labels: NDArray[np.uint8], val_rows: int, seed: int) -> 
     return np.sort(np.concatenate(chosen))
 
 
-def split_rows(folder: Path, val_rows: int, seed: int) -> dict[str, Split]:
-    """Read the archives and split them into train, val and test.
+def split_rows(source: Source, val_rows: int, seed: int) -> dict[str, Split]:
+    """Split the rows of a source into train, val and test.
 
     Training rows are in a random order given by `seed`, so that any prefix is a random subset.
     """
-    images, labels = read_pair(folder, "train")
-    test_images, test_labels = read_pair(folder, "t10k")
+    images, labels = source.train
+    test_images, test_labels = source.test
     val = stratified_val_rows(labels, val_rows, seed)
     train = np.random.default_rng([seed, 1]).permutation(np.setdiff1d(np.arange(len(labels)), val))
     return {
@@ -86,14 +86,22 @@ def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
 
 
 def prepare(
-    storage: Storage, source: str, val_rows: int = 5000, seed: int = 0, *, replace_stand_in: bool = False
+    storage: Storage,
+    source: str,
+    val_rows: int = 5000,
+    seed: int = 0,
+    *,
+    replace_stand_in: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> tuple[Manifest, bool]:
     """Prepare the data unless it is prepared already; return its manifest and whether it was written now.
+
+    `tell` is given a line that says where the data was found, once it is written.
 
     The manifest is written last, so nobody takes a half-written folder for a finished one. Raises `UserError` where
     data of another source, seed or split is prepared, and does not replace it: runs that used it would lose their
     `val`. With `replace_stand_in`, real data replaces a stand-in, which can be drawn again; the stand-in is removed
-    when the real archives are at hand and verified.
+    when the real data is at hand and verified.
     """
     require(10 <= val_rows <= 50_000, f"--val-rows {val_rows} must lie between 10 and 50000")
     require(0 <= seed < 2**31, f"--seed {seed} must lie between 0 and {2**31 - 1}")
@@ -102,15 +110,14 @@ def prepare(
         check_same_request(storage, existing, source, val_rows, seed)
         return existing, False
     storage.check_writable("/".join(DATA_FOLDER))
-    with archives_from(source) as (folder, official):
-        sums = check_archives(folder, official=official)
-        splits = split_rows(folder, val_rows, seed)
+    read = read_source(source)
+    splits = split_rows(read, val_rows, seed)
     if existing is not None:
         storage.delete_folder(*DATA_FOLDER)
     pixel_mean, pixel_std = pixel_statistics(splits["train"].images)
     manifest = Manifest(
-        dataset="fashion-mnist" if official else "fashion-mnist-synthetic",
-        sha256=combined_sha256(sums, val_rows, seed),
+        dataset="fashion-mnist" if read.official else "fashion-mnist-synthetic",
+        sha256=combined_sha256(read.archives, val_rows, seed),
         seed=seed,
         val_rows=val_rows,
         rows={name: len(split.labels) for name, split in splits.items()},
@@ -118,8 +125,12 @@ def prepare(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
         files={name: write_split(storage, name, split) for name, split in splits.items()},
-        archives=sums,
+        archives=read.archives,
+        source=read.place,
     )
     data = json.dumps(vars(manifest), indent=2).encode()
     storage.write_bytes(data, *DATA_FOLDER, "manifest.json")
+    for line in read.passed_over:
+        tell(f"passed over: {line}")
+    tell(f"taken: {read.place}")
     return manifest, True

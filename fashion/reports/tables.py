@@ -5,14 +5,18 @@ one per run and split. Each file has one writer at a time: the controller of Ray
 trains, the run's driver writes the rest. Imports neither Ray nor torch.
 """
 
+import csv
+import io
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fashion.config import UserError
+from fashion.config import UserError, require
 from fashion.reports.schemas import REPORTS_FOLDER, SCHEMA_VERSION, SCHEMAS
-from fashion.storage import Storage, read_parquet
+from fashion.storage import Storage, open_storage, read_parquet
 
 SMALL_TABLE_ROWS = 1000
 """Tables of fewer rows are written plainly."""
@@ -99,3 +103,41 @@ def in_schema(table: str, rows: pa.Table) -> pa.Table:
         except pa.ArrowException as error:
             raise ValueError(f"column {field.name} is of type {found[0].type}") from error
     return pa.Table.from_arrays(columns, schema=SCHEMAS[table])
+
+
+def write_csv(storage: Storage, folder: Path) -> list[Path]:
+    """Write every table of the reports as `<table>.csv` in `folder`; return the files, each of which appears whole.
+
+    `run_id` is the first column; a list, as of probabilities, becomes text in brackets, a moment ISO 8601 in UTC. Rows
+    are in the order of `run_id`. Raises `UserError` if there are no reports, if `folder` cannot be made, or if a file
+    is damaged.
+    """
+    found = {table: storage.list(REPORTS_FOLDER, table) for table in SCHEMAS}
+    tables = {
+        table: [name.removeprefix("run_id=") for name in names if name.startswith("run_id=")]
+        for table, names in found.items()
+    }
+    require(any(tables.values()), f"{storage.show(REPORTS_FOLDER)} holds no reports to write as CSV; train a run first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--csv {folder} cannot be made ({error.strerror}); name another folder") from error
+    written = open_storage(str(folder))
+    written.check_writable()
+    for table, run_ids in tables.items():
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = SCHEMAS[table].names
+        writer.writerow(["run_id", *names])
+        for run_id in run_ids:
+            for row in read_table(storage, table, run_id):
+                writer.writerow([run_id, *(as_text(row[name]) for name in names)])
+        written.write_bytes(text.getvalue().encode(), f"{table}.csv")
+    return [folder / f"{table}.csv" for table in tables]
+
+
+def as_text(value: Any) -> str:
+    """Return a value of a report as a cell of a CSV file; a null is an empty cell."""
+    if value is None:
+        return ""
+    return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -1,6 +1,8 @@
 """The head node's command, as far as it needs no head node: what it refuses, and what Ctrl-C leaves."""
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,16 @@ def test_after_ctrl_c_the_job_can_be_found(
     assert told[0] == f"job {name} goes on without being followed"
     assert told[1].startswith(f"follow it again: . {env}; ") and told[1].endswith(f"ray job logs --follow {name}")
     assert told[2].startswith(f"stop it: . {env}; ") and told[2].endswith(f"ray job stop {name}")
+
+
+@pytest.mark.parametrize("name", ["venv", "my venv", "a$b"])
+def test_ray_is_started_by_a_path_of_one_word(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / name / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / name))
+    monkeypatch.setattr(sys, "executable", str(python))
+    plain = head.plain_python(str(tmp_path))
+    assert shlex.quote(str(plain)) == str(plain)
+    assert plain.samefile(python)
+    assert (plain == python) is (name == "venv")

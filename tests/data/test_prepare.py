@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA, assert_refused, call_job, split_paths
+from conftest import REAL_DATA, assert_refused, call_job, split_paths, take_for_official
 
 from fashion.config import UserError
 from fashion.data import archives, loading, preparation, shards, synthetic
@@ -32,7 +32,7 @@ def test_prepare_splits_every_row_once(storage: Storage, lenient: Path) -> None:
     assert manifest.rows == {"train": 2695, "val": 305, "test": 500}
     train, val = (loading.load_split(storage, manifest, split) for split in ("train", "val"))
     assert sorted([*train.index, *val.index]) == list(range(3000))
-    images, labels = archives.read_pair(lenient, "train")
+    images, labels = archives.read_pair(lenient / TRAIN_IMAGES, lenient / TRAIN_LABELS)
     for split in (train, val):
         assert (images[split.index] == split.images).all()
         assert (labels[split.index] == split.labels).all()
@@ -134,15 +134,15 @@ def test_a_half_written_folder_is_not_taken_for_a_finished_one(storage: Storage,
     assert written
 
 
-def _prepare(arguments: tuple[str, str, dict[str, str]]) -> str:
-    uri, source, sums = arguments
-    archives.ARCHIVES.update(sums)
+def _prepare(arguments: tuple[str, str]) -> str:
+    uri, source = arguments
+    take_for_official(pytest.MonkeyPatch(), Path(source))
     return preparation.prepare(open_storage(uri), source, val_rows=300)[0].sha256
 
 
 @pytest.mark.commands
 def test_two_processes_at_once_do_no_harm(storage: Storage, lenient: Path) -> None:
-    task = (storage.uri, str(lenient), dict(archives.ARCHIVES))
+    task = (storage.uri, str(lenient))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         sums = pool.map(_prepare, [task, task])
     manifest = load_manifest(storage)
@@ -225,8 +225,16 @@ WRONG = {
     "short body": (TRAIN_LABELS, lambda old: idx(2049, 3000, body=bytes(2999)), "but holds 2999 bytes"),
     "surplus bytes": (TRAIN_LABELS, lambda old: idx(2049, 3000, body=bytes(3001)), "but holds more"),
     "label 10": (TRAIN_LABELS, lambda old: idx(2049, 3000, body=bytes([10]) * 3000), "holds label 10, expected 0 to 9"),
-    "counts differ": (TRAIN_LABELS, lambda old: idx(2049, 2999, body=bytes(2999)), "3000 images but 2999 labels"),
-    "another sum": (TRAIN_LABELS, lambda old: idx(2049, 3000, body=bytes(3000)), "right format, but its SHA-256"),
+    "counts differ": (
+        TRAIN_LABELS,
+        lambda old: idx(2049, 2999, body=bytes(2999)),
+        "holds 3000 images but train-labels-idx1-ubyte.gz 2999 labels",
+    ),
+    "another sum": (
+        TRAIN_LABELS,
+        lambda old: idx(2049, 3000, body=bytes(3000)),
+        "right format, but the SHA-256 of its rows",
+    ),
 }
 
 
@@ -247,7 +255,7 @@ def test_a_wrong_archive_is_refused_and_nothing_is_written(
 
 
 def test_no_source_folder(storage: Storage) -> None:
-    with pytest.raises(UserError, match="neither auto, download, synthetic nor a folder"):
+    with pytest.raises(UserError, match="neither auto, download, synthetic nor a folder; a folder must hold"):
         preparation.prepare(storage, "/does/not/exist")
 
 
@@ -266,7 +274,7 @@ def test_the_official_archives(storage: Storage) -> None:
     assert manifest.rows == {"train": 55_000, "val": 5_000, "test": 10_000}
     assert manifest.class_counts["val"] == [500] * 10
     assert manifest.class_counts["test"] == [1000] * 10
-    images, _ = archives.read_pair(REAL_DATA, "train")
+    images, _ = archives.read_pair(REAL_DATA / TRAIN_IMAGES, REAL_DATA / TRAIN_LABELS)
     assert (images.mean() / 255, images.std() / 255) == (
         pytest.approx(0.28604, abs=1e-5),
         pytest.approx(0.35302, abs=1e-5),

@@ -110,3 +110,100 @@ def test_quickstart_ends_where_preparing_fails(prepared: Path) -> None:
     done = make("quickstart", f"RUN={prepared}", "STORAGE=/s", TOLD="", CODE="2")
     assert done.returncode == 2
     assert done.stdout.strip() == ""
+
+
+# --- paths with blanks and other signs ------------------------------------------------------------------------------
+
+SIGNS = (
+    "b c",
+    " lead",
+    "trail ",
+    "$HOME",
+    "$(x)",
+    "`id`",
+    "q'u\"o",
+    "x;y&z|",
+    "#h",
+    "50%",
+    "*?[a]",
+    "-dash",
+    "\\",
+    "\t",
+    "é",
+)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with blanks that holds the Makefile alone, and a script in place of Python that prints its words."""
+    folder = tmp_path / "a b" / "my clone"
+    folder.mkdir(parents=True)
+    (folder / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (folder / ".venv").mkdir()
+    for name in ("uv.lock", "pyproject.toml", ".venv/.installed"):  # the last is the newest: nothing is set up
+        (folder / name).touch()
+    (folder / "run").write_text('#!/bin/sh\nprintf "[%s]" "$@"\necho\n')
+    (folder / "run").chmod(0o755)
+    return folder
+
+
+def in_clone(clone: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", "-o", ".venv/.installed", "RUN=./run", *arguments]
+    variables = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=clone, env=variables, timeout=60, check=False)
+
+
+TARGETS = {
+    "prepare": "storage source",
+    "train": "storage source",
+    "tune": "storage source",
+    "study": "storage source",
+    "submit-train": "storage source",
+    "submit-tune": "storage source",
+    "evaluate": "storage export",
+    "report": "storage out csv",
+    "bench": "storage",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_hands_on_paths_as_they_are(clone: Path, target: str) -> None:
+    for sign in SIGNS if target in ("train", "report") else SIGNS[:4]:
+        value = f"d/{sign}/x{sign}" if sign != "-dash" else sign
+        flags = dict.fromkeys(TARGETS[target].split(), value)
+        given = [f"{name.upper()}={value}" for name in flags]
+        done = in_clone(clone, target, "RUN_ID=a", *given)
+        assert done.returncode == 0, done.stderr
+        for name in flags:
+            assert f"[--{name}][{clone / value}]" in done.stdout, (sign, done.stdout)
+
+
+def test_paths_reach_commands_from_the_environment_too(clone: Path) -> None:
+    (line,) = in_clone(
+        clone, "submit-train", FASHION_STORAGE="c d/$x", FASHION_MNIST_SOURCE="/m y/'s"
+    ).stdout.splitlines()
+    assert f"[--storage][{clone}/c d/$x]" in line
+    assert "[--source][/m y/'s]" in line
+    (line,) = in_clone(clone, "train", "STORAGE=s3://b/c d", "SOURCE=auto").stdout.splitlines()
+    assert "[--storage][s3://b/c d]" in line and "[--source][auto]" in line
+    (line,) = in_clone(clone, "train", "STORAGE=~/c d", HOME="/h o").stdout.splitlines()
+    assert "[--storage][/h o/c d]" in line
+
+
+def test_quickstart_keeps_paths_whole_over_all_its_commands(clone: Path) -> None:
+    done = in_clone(clone, "quickstart", "STORAGE=c d/$s", "SOURCE=/e f/'q", "OUT=o p/$y.html", "RUN_ID=a")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.count(f"[{clone}/c d/$s]") for line in lines] == [1, 1, 1, 1]
+    assert [line.count("[--source][/e f/'q]") for line in lines] == [1, 1, 0, 0]
+    assert f"[--out][{clone}/o p/$y.html]" in lines[-1]
+    assert (clone / "o p").is_dir()
+
+
+@pytest.mark.parametrize("name", ["STORAGE", "SOURCE", "OUT", "EXPORT", "CSV", "RUN_ID"])
+def test_a_line_break_is_refused_by_name(clone: Path, name: str) -> None:
+    done = in_clone(clone, "train", f"{name}=a\nb")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"{name} holds a line break" in line

@@ -1,6 +1,5 @@
 """The report page: figures say what the rows say; the page is whole, safe and needs no network."""
 
-import contextlib
 import io
 import json
 import re
@@ -13,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import forms
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ import pytest
 from conftest import run_job, split_paths
 
 from fashion.config import UserError
-from fashion.data import preparation
+from fashion.data import preparation, sources, synthetic
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.reports import classification, tables
@@ -186,7 +186,7 @@ def write_study(storage: Storage) -> None:
 def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Storage:
     """A storage with prepared data, two runs, one of them with predictions, a search and a study."""
     storage = open_storage(str(tmp_path_factory.mktemp("full")))
-    splits = preparation.split_rows(small_archives, 100, 0)
+    splits = preparation.split_rows(sources.Source("", *forms.pairs(small_archives).values(), {}, False), 100, 0)
     manifest, _ = prepare_small(storage, small_archives)
     write_run(storage, "long", 14, 8, dataset_sha256=manifest.sha256, val_accuracy=0.93)
     write_run(storage, "short", 2, 2)
@@ -199,7 +199,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, small_archives: Path) -> Stor
 def prepare_small(storage: Storage, archives: Path) -> tuple[Manifest, bool]:
     """Prepare the small stand-in, 500 test rows in place of 10,000."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "archives_from", lambda _: contextlib.nullcontext((archives, False)))
+        patch.setattr(synthetic, "write_archives", lambda folder: shutil.copytree(archives, folder, dirs_exist_ok=True))
         return preparation.prepare(storage, "synthetic", val_rows=100)
 
 

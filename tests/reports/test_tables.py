@@ -1,5 +1,6 @@
 """Reports: tables have fixed schemas, files appear whole, and one call reads a table in pandas and in DuckDB."""
 
+import csv
 import shutil
 import threading
 import time
@@ -196,3 +197,24 @@ def test_a_class_that_is_never_predicted_has_metrics_of_zero() -> None:
     matrix = classification.confusion_matrix(np.array([3], np.uint8), np.array([4], np.uint8))
     rows = classification.class_rows(matrix)
     assert (rows[3]["recall"], rows[4]["precision"], rows[5]["f1"]) == (0, 0, 0)
+
+
+def test_every_table_is_written_as_csv(storage: Storage, tmp_path: Path) -> None:
+    """What a reader without Parquet sees: the same values, `run_id` first."""
+    told = 'a "quoted", cell;\nof two lines'
+    tables.write_table(storage, "runs", "b", [{"error": told, "val_accuracy": 0.5}])
+    tables.write_table(storage, "runs", "a", [{"started_at": datetime(2020, 1, 2, tzinfo=UTC)}])
+    folder = tmp_path / "my tables"
+    written = tables.write_csv(storage, folder)
+    assert sorted(path.name for path in written) == sorted(f"{table}.csv" for table in schemas.SCHEMAS)
+    with (folder / "runs.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["run_id"], first["started_at"], first["error"]) == ("a", "2020-01-02T00:00:00+00:00", "")
+    assert (second["run_id"], second["error"], second["val_accuracy"]) == ("b", told, "0.5")
+    assert (folder / "epochs.csv").read_text().startswith("run_id,epoch,split,")
+
+
+def test_csv_without_reports_is_refused(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no reports to write as CSV"):
+        tables.write_csv(storage, tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
