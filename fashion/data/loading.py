@@ -144,7 +144,8 @@ def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) ->
     files = VerifiedFiles.of(storage, manifest, list(splits))
     # A block that is lost with its node is read again while workers occupy all CPUs, so a task asks for none. But no
     # more of them run at a time than there are CPUs, since each is a process.
-    limits: dict[str, Any] = {"num_cpus": 0, "concurrency": max(1, int(ray.cluster_resources().get("CPU", 1)))}
+    num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    limits: dict[str, Any] = {"num_cpus": 0, "concurrency": min(num_cpus, len(files.sums))}
     with telling_damage(storage):
         return ray.data.read_parquet(
             list(files.sums),

@@ -174,6 +174,8 @@ def run_trials(
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         loggers.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=search_id))
+    # Tune starts one trial at a time if it is not told how many may wait for a process; `limit` decides.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(len(points))
     limit = TrialLimit(config, scale, has_autoscaler=autoscaler_status().is_there)
     tuner = ray.tune.Tuner(
         trainable,

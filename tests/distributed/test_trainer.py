@@ -464,7 +464,8 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     manifest = load_manifest(storage)
     plan = make_plan(RANDOM, scale(1), manifest)
     spec = trainer.RunSpec("whole", RANDOM, scale(1), faults=FaultConfig(max_failures=0))
-    row = trainer.run_or_explain(trainer.PlannedRun(storage, spec, plan, manifest))
+    rows = trainer.read_rows(storage, manifest, spec.config)
+    row = trainer.run_or_explain(trainer.PlannedRun(storage, spec, plan, manifest, rows))
     assert row["status"] == "failed"
     assert f"the checkpoint has form 99 and this code reads {PROGRESS_FORMAT}" in row["error"]
 

@@ -185,7 +185,7 @@ def test_without_a_network_both_ways_out_are_named(
     assert done.returncode == 2, done.stderr
     (last,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ("timed out" if answer == "silent" else "Connection refused") in last
-    assert "--source DIR with the four archives" in last
+    assert "--source DIR with the data" in last
     assert "--source synthetic" in last
     assert not (tmp_path / "data").exists()
     assert socket.getdefaulttimeout() is None
