@@ -38,8 +38,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `num_train_rows`, `rows`
     per split (`data.shards.StoredRows`), `show_bar`, `storage` and `folder` (where its checkpoints are), `faults`
-    (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty string. A trial that resumes from a checkpoint reports its earlier epochs again, for the scheduler to judge them.
-    Every rank reports once per epoch.
+    (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty string. A trial
+    that resumes from a checkpoint reports its earlier epochs again, for the scheduler to judge them. Every rank reports
+    once per epoch.
     """
     prepare_worker(settings["threads"])
     storage, folder, faults = open_storage(settings["storage"]), tuple(settings["folder"]), settings["faults"]
