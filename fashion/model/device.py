@@ -56,7 +56,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def share_of_memory(share: float, device: torch.device) -> None:
     """Let this process take at most `share`, 0..1, of a GPU's memory, so that those beside it keep theirs."""
     if device.type == "cuda" and 0 < share < 1:
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        # By its number, None for the present GPU: torch refuses a device without a number here, and only here.
+        torch.cuda.set_per_process_memory_fraction(share, device.index)
 
 
 # --- memory of the host -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fashion.config import TrainConfig, UserError, preset
 from fashion.model import device as device_module
-from fashion.model.device import peak_memory_bytes, reset_peak_memory, set_arithmetic
+from fashion.model.device import peak_memory_bytes, reset_peak_memory, set_arithmetic, share_of_memory
 from fashion.training import batches, checkpoint, loop, sync
 from fashion.training.batches import Augmentation, Batch, shuffled_batches
 from fashion.training.ema import update_ema
@@ -439,3 +439,18 @@ def test_bf16_is_exchanged_in_builds_without_cuda(tmp_path: Path, monkeypatch: p
         assert torch.equal(model.module.weight.grad, torch.ones(2, 2))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", [torch.device("cuda"), torch.device("cuda", 2)])
+def test_a_trials_share_of_memory_is_that_of_its_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial's device has no number, and this function of torch alone wants one."""
+    shares: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda share, number: shares.append((share, number)), raising=False
+    )
+    for share in (0.25, 0.0, 1.0, 2.0):
+        share_of_memory(share, device)
+    share_of_memory(0.25, CPU)
+    assert shares == [(0.25, device.index or 0)]
