@@ -22,6 +22,7 @@ SECONDS_WITHOUT_A_START = 30.0
 SECONDS_BETWEEN_LOOKS = 1.0
 # `ray status` takes two seconds of a CPU.
 SECONDS_BETWEEN_STATUSES = 6.0
+SECONDS_FOR_A_STATUS = 60.0
 # Ray calls nodes that no autoscaler has started by their ids.
 NODE_ID = re.compile(r"node_[0-9a-f]{20,}|local_\S+")
 
@@ -40,6 +41,9 @@ class AutoscalerStatus:
     num_starting: int
     reported_at: str = ""
     """When the autoscaler said so, as text: one that has died says the same for ever."""
+
+
+NO_AUTOSCALER = AutoscalerStatus(is_there=False, num_starting=0)
 
 
 def wait_for_room(make_plan: Callable[[], T], wait_s: float | None) -> T:
@@ -96,7 +100,7 @@ def requested(bundles: list[dict[str, float]]) -> Iterator[None]:
 def autoscaler_status() -> AutoscalerStatus:
     """Return what the command `ray status` of the connected cluster tells; its text is the same for all autoscalers."""
     if os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"):
-        return AutoscalerStatus(is_there=False, num_starting=0)  # a cluster of this command's own
+        return NO_AUTOSCALER  # a cluster of this command's own
     command = [
         sys.executable,
         "-m",
@@ -105,7 +109,10 @@ def autoscaler_status() -> AutoscalerStatus:
         "--address",
         ray.get_runtime_context().gcs_address,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_A_STATUS, check=False)
+    except subprocess.TimeoutExpired:
+        return NO_AUTOSCALER  # nobody who could start nodes answers
     return parse_status(done.stdout)
 
 

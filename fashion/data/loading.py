@@ -107,8 +107,8 @@ class VerifiedFiles(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow ha
     __hash__ = None  # type: ignore[assignment]  # `sums` may change
 
     def refuse(self, *arguments: Any, **settings: Any) -> Any:
-        """Refuse what would change a file: prepared data is only read."""
-        raise NotImplementedError("prepared data is only read")
+        """Refuse what would change a file."""
+        raise PermissionError("prepared data is only read")
 
     create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = refuse
     delete_file = move = copy_file = open_output_stream = open_append_stream = refuse

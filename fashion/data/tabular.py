@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ CSV_BLOCK_BYTES = 8 << 20
 PARQUET_BATCH_ROWS = 1000
 # A PNG of 28 x 28 grey pixels takes some 600 bytes, and 900 uncompressed.
 LONGEST_PNG_BYTES = 1 << 16
+# Memory that a group of rows may take for each of them: what Arrow would allocate for its pages before a PNG is seen.
+BYTES_PER_ROW = 1 << 12
 PART_OF = re.compile(r"-of-(\d{5})\b")
 
 
@@ -125,6 +128,7 @@ def read_part(path: Path) -> Iterator[Pair]:
             check_columns(path, file.schema_arrow)
             promised = file.metadata.num_rows
             require(promised <= MAX_ROWS_PER_SPLIT, f"{path}: promises {promised} rows, more than {MAX_ROWS_PER_SPLIT}")
+            check_sizes(path, file.metadata)
             start = 0
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=["image", "label"]):
                 batch.validate(full=True)
@@ -132,6 +136,17 @@ def read_part(path: Path) -> Iterator[Pair]:
                 start += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; fetch it again") from error
+
+
+def check_sizes(path: Path, metadata: pq.FileMetaData) -> None:
+    """Raise `UserError` if a group of rows takes more memory than its images may: a small file can hold gigabytes."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = sum(group.column(column).total_uncompressed_size for column in range(group.num_columns))
+        require(
+            size <= group.num_rows * BYTES_PER_ROW + LONGEST_PNG_BYTES,
+            f"{path}: {group.num_rows} rows take {size} bytes, more than {BYTES_PER_ROW} each; fetch it again",
+        )
 
 
 def check_columns(path: Path, schema: pa.Schema) -> None:
@@ -152,7 +167,7 @@ def pair_of_images(path: Path, start: int, batch: pa.RecordBatch) -> Pair:
     """Decode a block of rows, the first of which is row `start` of the file."""
     cells, labels = batch.column("image"), batch.column("label")
     if pa.types.is_struct(cells.type):
-        cells = pa.compute.struct_field(cells, "bytes")
+        cells = pc.struct_field(cells, "bytes")
     require(not labels.null_count, f"{path}: a label is missing; fetch it again")
     images = np.empty((len(batch), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for row, cell in enumerate(cells):

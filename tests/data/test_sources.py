@@ -229,6 +229,12 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
     "PNG: truncated": ("the hub's Parquet", TRAIN_PARQUET, image(forms.png(grey(28, 28))[:50]), "is no whole PNG"),
     "PNG: a JPEG": ("the hub's Parquet", TRAIN_PARQUET, image(forms.png(grey(28, 28), "JPEG")), "is no whole PNG"),
     "PNG: none": ("the hub's Parquet", TRAIN_PARQUET, image(None), "row 3: its image is no whole PNG"),
+    "PNG: 64 MB of zeros": (
+        "the hub's Parquet",
+        TRAIN_PARQUET,
+        image(bytes(64 << 20)),
+        "bytes, more than 4096 each; fetch it again",
+    ),
     "PNG: another pixel": (
         "the hub's Parquet",
         TRAIN_PARQUET,
