@@ -40,6 +40,10 @@ class Flags:
     """Train trials on this many rows only, a seeded random subset; 0 takes all."""
     precision: config.Precision = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the hardware has it natively."""
+    deterministic: bool = False
+    """Take kernels of a GPU that repeat their bits, and fail where there are none; CPUs repeat theirs anyway."""
+    cuda_graph: bool = False
+    """On a GPU, record a training step as a CUDA graph and replay it."""
     space: SearchConfig = field(default_factory=SearchConfig)
     scale: SearchScale = field(default_factory=SearchScale)
 
@@ -54,6 +58,8 @@ class Flags:
             global_batch_size=self.global_batch_size,
             max_train_rows=self.max_train_rows,
             precision=self.precision,
+            deterministic=self.deterministic,
+            cuda_graph=self.cuda_graph,
         )
 
 
@@ -118,6 +124,8 @@ def of_stored(space: SearchConfig, base: TrainConfig) -> Flags:
         global_batch_size=base.global_batch_size,
         max_train_rows=base.max_train_rows,
         precision=base.precision,
+        deterministic=base.deterministic,
+        cuda_graph=base.cuda_graph,
         space=space,
     )
 

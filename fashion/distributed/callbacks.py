@@ -16,7 +16,7 @@ from fashion.reports import tables
 from fashion.reports.progress import Step, epoch_line, last_line
 from fashion.reports.tracking import MLflowRun, TensorBoard
 from fashion.storage import Storage
-from fashion.training.metrics import epoch_rows
+from fashion.training.metrics import NOTES, epoch_rows
 
 SECONDS_BETWEEN_STEPS = 0.5
 
@@ -41,7 +41,7 @@ class EpochReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
         earlier = tables.read_table(self._storage, "epochs", self._run_id)
         kept = [row for row in earlier if row["epoch"] < epoch]
         tables.write_table(self._storage, "epochs", self._run_id, kept + rows)
-        for note in metrics[0].get("notes", ()):
+        for note in metrics[0].get(NOTES, "").splitlines():
             self._say(note)
         self._epochs_here += 1
         seconds_left = (time.monotonic() - self._started) / self._epochs_here * (self._epochs - epoch)

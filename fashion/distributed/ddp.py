@@ -9,6 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.distributed.shared_memory import ShardedOptimizer
+from fashion.model.device import on_side_stream
 from fashion.model.eager import without_compiler
 from fashion.training.run import WrappedModel
 
@@ -24,18 +25,16 @@ def wrap_in_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, precision: s
     """
     import ray.train.torch  # imported here, so that the communication hook below works without Ray
 
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shared = None
-    if 1 < context.get_world_size() == context.get_local_world_size() and ray.train.torch.get_device().type == "cpu":
+    if 1 < context.get_world_size() == context.get_local_world_size() and device.type == "cpu":
         shared = ShardedOptimizer.open(optimizer, dtype)
         if shared is not None:
             options["bucket_cap_mb"] = sum(parameter.nbytes for parameter in model.parameters()) / 2**20 + 1
     # A CUDA graph of the step can be captured only if DDP was made on another stream than the default one.
-    on_gpu = ray.train.torch.get_device().type == "cuda"
-    stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-    with without_compiler(), torch.cuda.stream(stream):  # None changes nothing
+    with without_compiler(), on_side_stream(device):
         prepared: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     if not isinstance(prepared, DistributedDataParallel):
         return prepared, optimizer.step, "none"

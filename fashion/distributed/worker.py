@@ -23,6 +23,7 @@ from fashion.reports import provenance
 from fashion.storage import Storage, open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer, progress_of
+from fashion.training.metrics import NOTES
 from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, prepare_process
 
 # Newest checkpoints that are kept, besides that of the best epoch: if the newest one is damaged, the run resumes from
@@ -84,7 +85,7 @@ def train(
             timer.restart()
         if progress.metrics is not None:
             manager.wait()  # an epoch is reported only after its checkpoint is written, so that no crash can undo it
-            ray.train.report(process_columns(run) | progress.metrics | {"notes": [*notes, *run.notes]})
+            ray.train.report(process_columns(run) | progress.metrics | {NOTES: "\n".join([*notes, *run.notes])})
             notes = []
             run.notes.clear()
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ def set_arithmetic(precision: str, deterministic: bool, device: torch.device) ->
     """Make this process's kernels on a GPU compute in `precision`; does nothing on a CPU, where there is no choice.
 
     By default torch computes fp32 convolutions on GPUs in TF32, of 10 bits, and fp32 matrix products in fp32. Here
-    `fp32` is fp32 in both, and `tf32` is TF32 in both. `deterministic` takes kernels that repeat their bits on the
-    same kind of GPU, and raises where there are none.
+    `fp32` is fp32 in both, and `tf32` is TF32 in both. Matrix products of bf16 add up in fp32 throughout; by default
+    cuBLAS may add the parts of a long sum in bf16. `deterministic` takes kernels that repeat their bits on the same
+    kind of GPU, and raises where there are none.
     """
     if device.type != "cuda":
         return
     kind: Any = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = kind
     torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]  # torch sets it when imported
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
         os.environ.setdefault(*CUBLAS_WORKSPACE)
     # Set in both cases: a process of Ray may have computed for another run before.
@@ -51,6 +55,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu" or not torch.cuda.is_available():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """Run the block's kernels on another stream of a GPU, after those launched before it and before those after it.
+
+    What a CUDA graph captures later must have been made and warmed up on such a stream. Does nothing on a CPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def share_of_memory(share: float, device: torch.device) -> None:
@@ -76,13 +96,19 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peaks of this process so far: Ray's processes may have computed something else before.
+    """Forget the peaks of this process so far, and give back memory that an earlier run in it has left free.
 
-    On other systems than Linux, the host's peak stays that of the process's whole life.
+    Ray's processes may have computed something else before. On other systems than Linux, the host's peak stays that of
+    the process's whole life.
     """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc: `keep_freed_memory` has kept what the earlier run freed
+        trim(0)
     with contextlib.suppress(OSError):  # there is no such file, or a container forbids to write to it: see above
         (PROC / "clear_refs").write_text("5")  # man 5 proc: resets the peak resident set size
     if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # torch keeps freed memory of a GPU as well
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -11,7 +11,7 @@ from fashion.search.scheduler import trial_name
 from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers
 from fashion.search.trial_store import ENDED, TrialStore
 from fashion.storage import Storage
-from fashion.training.metrics import TIMES, Metrics
+from fashion.training.metrics import NOTES, TIMES, Metrics
 
 RECORDED_METRICS = {
     *("epoch", "lr", *schemas.PROCESS_COLUMNS),
@@ -48,6 +48,8 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
                 return
         metrics: Metrics = {key: value for key, value in result.items() if key in RECORDED_METRICS}
         self._store.add_epoch(name, metrics, result["time_this_iter_s"])
+        for note in result.get(NOTES, "").splitlines():
+            print(f"{name}  {note}", flush=True)
         print(trial_line(self._store, name), flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -63,6 +63,8 @@ class SearchPlan:
     max_epochs: int
     checkpoint_mb: int
     """Size of one checkpoint, in MB."""
+    idle_gpus: float = 0
+    """GPUs of the cluster that the trials leave idle because they were given none."""
     gpu_mb: int = 0
     """Memory that a trial takes of a GPU, in MB, as estimated; 0 without GPUs."""
     refit: Plan | None = None
@@ -98,6 +100,9 @@ class SearchPlan:
         ]
 
     def _gpu_lines(self) -> list[str]:
+        if self.idle_gpus:
+            idle = f"{self.idle_gpus:g} GPU(s) of the cluster stay idle"
+            return [f"gpus       {idle}; --gpus-per-trial 1, or a fraction, uses them"]
         if not self.gpu_mb:
             return []
         shared = f", and may take {self.gpus_per_trial:g} of it" if self.gpus_per_trial < 1 else ""
@@ -154,6 +159,7 @@ def search_plan_for(
         judge_by=config.judge_by,
         max_epochs=config.max_epochs,
         checkpoint_mb=CHECKPOINT_MB + (EMA_MB if base.ema_decay else 0),
+        idle_gpus=0 if use_gpu else gpus,
         gpu_mb=round(gpu_bytes / 1e6),
         refit=plan_refit(nodes, base, scale, manifest) if refit else None,
     )

@@ -23,7 +23,7 @@ from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
-from fashion.training.metrics import Metrics
+from fashion.training.metrics import NOTES, Metrics
 from fashion.training.run import Rank, TrainingRun, without_ddp
 
 TRIAL = "trial"
@@ -66,7 +66,8 @@ def train_in_process(config: TrainConfig, folder: tuple[str, ...], shared: dict[
     worker.prepare_worker(shared["threads"])
     run = open_run(config, shared)
     manager = CheckpointManager(open_storage(shared["storage"]), folder, newest=1)
-    latest, _ = manager.newest_whole()
+    latest, notes = manager.newest_whole()
+    run.notes += notes
     if latest:
         run.restore(manager.reader(latest))
     for metrics in run.history:
@@ -96,7 +97,9 @@ def open_run(config: TrainConfig, shared: dict[str, Any]) -> TrainingRun:
 
 def report(run: TrainingRun, metrics: Metrics) -> None:
     """Report an epoch to Tune and wait for the scheduler's decision; does not return if that is to stop the trial."""
-    ray.tune.report(worker.process_columns(run) | metrics)
+    notes = "\n".join(run.notes)
+    run.notes.clear()
+    ray.tune.report(worker.process_columns(run) | metrics | {NOTES: notes})
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion.config import require
+from fashion.model.device import on_side_stream
 from fashion.training.batches import Batch
 from fashion.training.sync import START, EpochState, SyncPoints, largest, own_states
 
@@ -236,7 +237,8 @@ class GraphedStep:
             return self._compute(batch)
         if self._steps_left:
             self._steps_left -= 1
-            return self._compute_beside(batch)
+            with on_side_stream(batch[0].device):  # torch asks for this before a capture
+                return self._compute(batch)
         if self._graph is None:
             try:
                 self._capture(batch)
@@ -252,15 +254,6 @@ class GraphedStep:
             place.copy_(tensor)
         self._graph.replay()
         return self._output
-
-    def _compute_beside(self, batch: Batch) -> StepOutput:
-        """Take a step on a stream of its own, as torch asks for before a capture."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            output = self._compute(batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        return output
 
     def _capture(self, batch: Batch) -> None:
         """Record a step, which computes nothing yet."""

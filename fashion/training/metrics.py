@@ -11,6 +11,8 @@ from typing import Any
 
 Metrics = dict[str, Any]
 
+NOTES = "notes"
+"""A further key of what a worker reports: lines of text for the console, joined by line breaks."""
 TIMES = {"train": ("epoch_time_s", "data_wait_s"), "val": ("val_time_s", "val_wait_s")}
 """Per split: the metrics that become the columns `epoch_time_s` and `data_wait_s` of its rows."""
 

@@ -205,10 +205,10 @@ def state_names(optimizer: torch.optim.Optimizer) -> list[dict[str, bool]]:
     That is name -> whether the state has the parameter's shape; otherwise it is a single number. Found by one step of
     an optimizer of the same class on parameters of one element.
     """
-    on_cpu = {"lr": 1e-3, "capturable": False}  # whatever `make_capturable` has set
+    # On the CPU, whatever `make_capturable` has set.
+    on_cpu = {"lr": 1e-3} | ({"capturable": False} if "capturable" in optimizer.defaults else {})
     groups = [
-        group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} | (on_cpu if "capturable" in group else {})
-        for group in optimizer.param_groups
+        group | {"params": [torch.zeros([1] * group["params"][0].ndim)]} | on_cpu for group in optimizer.param_groups
     ]
     for group in groups:
         group["params"][0].grad = torch.zeros_like(group["params"][0])

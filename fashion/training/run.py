@@ -298,10 +298,12 @@ class TrainingRun:
 
     def _keep_ranks_together(self, epoch: int) -> None:
         """Compare the ranks' weights after an epoch; where they differ, all ranks go on with those of rank 0."""
-        if not sync.weights_differ(self.model, self.rank.device):
+        drifted = sync.drifted_ranks(self.model, self.rank.device)
+        if not drifted:
             return
         self.notes.append(
-            f"after epoch {epoch} the workers' weights differed, as on unlike hardware; all go on with worker 0's"
+            f"after epoch {epoch} the weights of worker(s) {', '.join(map(str, drifted))} differed from worker 0's, as "
+            "on unlike hardware; all go on with worker 0's"
         )
         weights = [*self.model.parameters(), *(self.evaluated.parameters() if self._trained is not None else ())]
         states = (self.optimizer.state[weight] for weight in self.model.parameters())

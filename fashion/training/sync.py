@@ -155,19 +155,20 @@ def check_states(states: Sequence[str], model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def weights_differ(model: nn.Module, device: torch.device) -> bool:
-    """Return whether ranks have other weights than each other, by the sum of the weights' bits; costs one all-reduce.
+def drifted_ranks(model: nn.Module, device: torch.device) -> list[int]:
+    """Return the ranks whose weights are not rank 0's, by the sum of the weights' bits; costs one small all-gather.
 
     Ranks compute the same update from the same gradients, but only on like hardware to the bit. Muon's products, for
     one, differ between kinds of GPUs and of CPUs, and nothing else brings the ranks back together.
     """
     if not dist.is_initialized():
-        return False
+        return []
     sums = [weight.detach().view(torch.int32).sum(dtype=torch.int64) for weight in model.parameters()]
     checksum = torch.stack(sums).sum().to(device)
-    least, negative_most = reduced = torch.stack([checksum, -checksum])
-    dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
-    return bool((least != -negative_most).item())
+    gathered = [torch.empty_like(checksum) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, checksum)
+    first, *others = (int(each.item()) for each in gathered)
+    return [rank for rank, other in enumerate(others, start=1) if other != first]
 
 
 @torch.no_grad()

@@ -139,6 +139,12 @@ def test_a_refit_that_does_not_fit_is_refused_before_the_search() -> None:
         search([node(1)])
 
 
+def test_a_search_that_leaves_gpus_idle_says_so() -> None:
+    assert "8 GPU(s) of the cluster stay idle; --gpus-per-trial 1" in line(search([node(16, 8)]), "gpus")
+    for found in (search([node(16, 8)], gpus_per_trial=1), search([node(16)])):
+        assert not any(text.startswith("gpus") for text in found.lines())
+
+
 def test_a_search_counts_the_memory_of_trials_that_share_a_gpu() -> None:
     nodes = [node(64, 1, "T4")]
     found = search(nodes, gpus_per_trial=0.25)
