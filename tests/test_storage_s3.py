@@ -179,7 +179,7 @@ def test_a_lock_is_renewed_and_refused_and_lapses(port: int) -> None:
         owner = rf"--run-id mine is in use by process {os.getpid()} of .+; wait for its end, or stop it first"
         with pytest.raises(UserError, match=owner), lock_name():
             pass
-    assert not place.exists("runs", ".claims", "mine")
+    assert not place.exists("runs", ".locks", "mine")
     lock_name()._write_object(7)  # of somebody who was killed
     with lock_name():
         pass
@@ -366,7 +366,7 @@ def test_what_it_left_is_evaluated_and_shown(remote: Storage, tmp_path: Path) ->
     done = run_job("jobs.evaluate", "--storage", remote.uri, "--run-id", "one", "--split", "val", "--num-workers", "1")
     assert done.returncode == 0, done.stderr
     assert "val: 100 rows, accuracy" in done.stdout
-    assert not remote.exists("runs", ".claims", "one")
+    assert not remote.exists("runs", ".locks", "one")
     page = tmp_path / "page.html"
     done = run_job("jobs.report", "--storage", remote.uri, "--out", str(page))
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from fashion.config import UserError
 from fashion.storage import Storage
 
 # The name that earlier versions lock by as well: two versions at once keep out of each other's runs.
-FOLDER = ".claims"
+FOLDER = ".locks"
 # Seconds between two heartbeats in an object store; the object of an owner that missed three of them is ignored.
 HEARTBEAT_S = 5.0
 

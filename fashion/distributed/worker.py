@@ -23,7 +23,7 @@ from fashion.reports import provenance
 from fashion.storage import Storage, open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer, progress_of
-from fashion.training.metrics import NOTES
+from fashion.training.metrics import NOTES, Metrics
 from fashion.training.run import Rank, Shards, TrainingRun, WrapModel, prepare_process
 
 # Newest checkpoints that are kept, besides that of the best epoch: if the newest one is damaged, the run resumes from
@@ -53,20 +53,30 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             publish_placement_group(settings["trial"])
             for metrics in run.history:
                 ray.train.report(process_columns(run) | metrics)
-        diverged = None
+        diverged, report = None, EpochReport(manager)
         try:
-            train(run, manager, settings, watchdog, notes)
+            train(run, manager, report, settings, watchdog, notes)
         except sync.Diverged as error:
             # All ranks raise this together. It is a result: another try from the last checkpoint would diverge as well.
             diverged = str(error)
+        report.send()
         manager.wait()
         return process_columns(run) | {"history": run.history, "diverged": diverged, "resumed_from": resumed_from}
 
 
 def train(
-    run: TrainingRun, manager: CheckpointManager, settings: dict[str, Any], watchdog: Watchdog, notes: list[str]
+    run: TrainingRun,
+    manager: CheckpointManager,
+    report: "EpochReport",
+    settings: dict[str, Any],
+    watchdog: Watchdog,
+    notes: list[str],
 ) -> None:
-    """Train the rest of `run`: save it when that is due, and report each epoch. The first report includes `notes`."""
+    """Train the rest of `run`: save it when that is due, and report each epoch. The first report includes `notes`.
+
+    Training goes on while an epoch's checkpoint is written, and the epoch is reported at the next synchronisation point
+    after that, so that no crash can undo what was reported. The caller sends the last report.
+    """
     timer = CheckpointTimer(settings["faults"]["checkpoint_every_s"])
     publish_step = step_publisher(settings, run)
     answered = preemption_notice()  # the last notice after which the run was saved
@@ -75,19 +85,39 @@ def train(
         publish_step(progress.epoch, progress.step)
         if progress.is_sync_point:
             is_due = run.rank.rank == 0 and timer.is_due(progress.seconds_without_sync + manager.seconds)
-            saves = run.synchronise(wants_save=is_due or preemption_notice() != answered)
+            wants_save = is_due or preemption_notice() != answered
+            saves = run.synchronise(wants_save, manager.is_writing())
+            if not run.is_any_writing:
+                report.send()
         else:
             saves = progress.metrics is not None
+        if progress.metrics is not None:
+            report.send()  # of the epoch before
         if saves:
             answered = preemption_notice()
             if run.rank.rank == 0:
                 manager.save(run)
             timer.restart()
         if progress.metrics is not None:
-            manager.wait()  # an epoch is reported only after its checkpoint is written, so that no crash can undo it
-            ray.train.report(process_columns(run) | progress.metrics | {NOTES: "\n".join([*notes, *run.notes])})
+            report.metrics = process_columns(run) | progress.metrics | {NOTES: "\n".join([*notes, *run.notes])}
             notes = []
             run.notes.clear()
+
+
+class EpochReport:
+    """The report of an epoch, which is held back until its checkpoint is written. All ranks send it together."""
+
+    def __init__(self, manager: CheckpointManager) -> None:
+        self._manager = manager
+        self.metrics: Metrics | None = None
+        """What is to be reported; None if nothing is."""
+
+    def send(self) -> None:
+        """Report the epoch that is held back, if there is one, once its checkpoint is written."""
+        if self.metrics is not None:
+            self._manager.wait()
+            ray.train.report(self.metrics)
+            self.metrics = None
 
 
 def process_columns(run: TrainingRun) -> dict[str, Any]:

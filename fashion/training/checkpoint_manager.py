@@ -99,6 +99,10 @@ class CheckpointManager:
         self._writing = threading.Thread(target=self._save, args=arguments, daemon=True)
         self._writing.start()
 
+    def is_writing(self) -> bool:
+        """Return whether a checkpoint is still being written."""
+        return self._writing is not None and self._writing.is_alive()
+
     def wait(self) -> None:
         """Wait until the checkpoint in progress, if any, is written. Raises `OSError` if it could not be."""
         if self._writing is not None:

@@ -160,9 +160,11 @@ class EpochRecord:
         """Return whether all ranks must call `synchronise` after this step."""
         return self._sync_points.is_due_after(self.step)
 
-    def synchronise(self, wants_save: bool) -> bool:
-        """Return whether any rank wants to save; raise `Diverged` on all ranks if any rank had a non-finite loss."""
-        return self._sync_points.synchronise(self.step, wants_save)
+    def synchronise(self, wants_save: bool, is_writing: bool = False) -> tuple[bool, bool]:
+        """Return whether any rank wants to save and whether any is writing a checkpoint; raise `Diverged` on all ranks
+        if any rank had a non-finite loss.
+        """
+        return self._sync_points.synchronise(self.step, wants_save, is_writing)
 
     def state(self, model: nn.Module) -> EpochState:
         """Return what this rank needs to resume here with the same bits."""

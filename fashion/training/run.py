@@ -28,8 +28,10 @@ from fashion.training.optimizer import build_optimizer, learning_rate, make_capt
 EVAL_BATCH_SIZE = 250
 # A GPU has memory to spare, and too little to do with 250 rows.
 EVAL_BATCH_SIZE_ON_GPU = 2000
-# Version of `progress.json` in a checkpoint; a run refuses any other one.
-PROGRESS_FORMAT = 4
+# Version of `progress.json` in a checkpoint.
+PROGRESS_FORMAT = 5
+# Versions that a run resumes from, and the key of the ranks' epoch states in each; it refuses any other one.
+EPOCH_STATES = {4: "positions", PROGRESS_FORMAT: "epoch_states"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class TrainingRun:
         """States of all ranks within an epoch: set between `synchronise` and the next step, and by `restore` until the
         run goes on; empty otherwise.
         """
+        self.is_any_writing = False
+        """Whether any rank was still writing a checkpoint at the last synchronisation point."""
         self._record: loop.EpochRecord | None = None
         """Record of the epoch in progress, at a synchronisation point until `synchronise` is called; else None."""
 
@@ -160,7 +164,7 @@ class TrainingRun:
     def encode(self) -> dict[str, bytes]:
         """Return a checkpoint of the run's present state, as file name -> content."""
         states = [dataclasses.asdict(state) for state in self.epoch_states]
-        progress = {"format": PROGRESS_FORMAT, "history": self.history, "positions": states} | self._made_on()
+        progress = {"format": PROGRESS_FORMAT, "history": self.history, "epoch_states": states} | self._made_on()
         return checkpoint.encode(self.evaluated, self.optimizer, progress, self._trained)
 
     def restore(self, read_file: Callable[[str], bytes]) -> None:
@@ -170,7 +174,7 @@ class TrainingRun:
         """
         progress = checkpoint.restore(read_file, self.evaluated, self.optimizer, self._check_progress, self._trained)
         self.history = progress["history"]
-        self.epoch_states = sync.parse_epoch_states(progress["positions"])
+        self.epoch_states = sync.parse_epoch_states(progress[EPOCH_STATES[progress["format"]]])
         stored = {name: progress[name] for name in self._made_on() if name in progress}  # earlier versions have none
         here = {name: value for name, value in self._made_on().items() if name in stored}
         if stored != here:
@@ -190,9 +194,9 @@ class TrainingRun:
 
     def _check_progress(self, progress: dict[str, Any]) -> None:
         """Raise `DamagedCheckpoint` or `OtherVersion` unless `encode` could have written `progress` for this run."""
-        if progress.get("format") != PROGRESS_FORMAT:
+        if progress.get("format") not in (4, PROGRESS_FORMAT):
             raise checkpoint.OtherVersion(
-                f"the checkpoint has form {progress.get('format')} and this code reads {PROGRESS_FORMAT}"
+                f"the checkpoint has form {progress.get('format')} and this code reads 4 and {PROGRESS_FORMAT}"
             )
         figures = {"train_loss", "train_accuracy", "train_rows", "lr", "epoch_time_s", "data_wait_s"}
         figures |= {"val_loss", "val_accuracy", "val_rows", "val_time_s"} if self.shards.num_val_rows else set()
@@ -208,12 +212,12 @@ class TrainingRun:
         if not all(isinstance(progress.get(name, ""), str) for name in self._made_on()):
             raise checkpoint.damaged(checkpoint.PROGRESS, "its device is no text")
         try:
-            states = sync.parse_epoch_states(progress["positions"])
+            states = sync.parse_epoch_states(progress[EPOCH_STATES[progress["format"]]])
             for state in states:
                 if state.states:
                     sync.check_states(state.states, self.model)
         except (KeyError, TypeError, ValueError) as error:
-            raise checkpoint.damaged(checkpoint.PROGRESS, f"its positions: {error!r}") from error
+            raise checkpoint.damaged(checkpoint.PROGRESS, f"its epoch states: {error!r}") from error
         steps = {state.step for state in states}
         if states and not (len(steps) == 1 and 0 < min(steps) <= self.steps):
             raise checkpoint.damaged(checkpoint.PROGRESS, f"its ranks are at steps {sorted(steps)}")
@@ -244,15 +248,17 @@ class TrainingRun:
             if progress.metrics is not None:
                 yield progress.metrics
 
-    def synchronise(self, wants_save: bool) -> bool:
+    def synchronise(self, wants_save: bool, is_writing: bool = False) -> bool:
         """Return whether to save the run now: whether any rank `wants_save`. All ranks call this together.
 
-        If so, `encode` returns a checkpoint from which the run resumes within the epoch. Raises `sync.Diverged` on all
-        ranks if any rank had a non-finite loss, so that the broken weights are not saved.
+        If so, `encode` returns a checkpoint from which the run resumes within the epoch. `is_writing` says whether this
+        rank still writes an earlier checkpoint; `is_any_writing`, afterwards, whether any does. Raises `sync.Diverged`
+        on all ranks if any rank had a non-finite loss, so that the broken weights are not saved.
         """
         assert self._record is not None, "the run is not at a synchronisation point"
         record, self._record = self._record, None
-        if not record.synchronise(wants_save):
+        saves, self.is_any_writing = record.synchronise(wants_save, is_writing)
+        if not saves:
             return False
         self.epoch_states = sync.gather_epoch_states(record.state(self.wrapped))
         return True

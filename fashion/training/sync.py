@@ -28,7 +28,7 @@ class Diverged(RuntimeError):
 class EpochState:
     """How far one rank is within an epoch, and what it needs to resume there with the same bits.
 
-    Checkpoints hold these as JSON under the key `positions`, so the names of the fields are part of a file format.
+    Checkpoints hold these as JSON under the key `epoch_states`, so the names of the fields are part of a file format.
     """
 
     step: int = 0
@@ -93,24 +93,26 @@ class SyncPoints:
         """Return whether all ranks must call `synchronise` after this step."""
         return step == self._next
 
-    def synchronise(self, step: int, wants_save: bool) -> bool:
-        """Return whether any rank `wants_save`; raise `Diverged` on every rank if any rank had a non-finite loss.
+    def synchronise(self, step: int, wants_save: bool, is_writing: bool = False) -> tuple[bool, bool]:
+        """Return whether any rank `wants_save`, and whether any `is_writing` a checkpoint.
+
+        Raises `Diverged` on every rank if any rank had a non-finite loss.
 
         Costs one small all-reduce.
         """
         since, self._since = self._since, time.perf_counter()
         steps, self._last = max(step - self._last, 1), step
-        # All three are reduced by MIN: the first bad step, whether nobody wants to save, and the slowest rank's time.
-        own = [0 if wants_save else 1, -int((self._since - since) / steps * 1e6)]
+        # All are reduced by MIN: the first bad step, whether nobody wants to save, or writes, the slowest rank's time.
+        own = [0 if wants_save else 1, 0 if is_writing else 1, -int((self._since - since) / steps * 1e6)]
         reduced = torch.stack([self._first_bad_step, *self._first_bad_step.new_tensor(own)])
         if dist.is_initialized():
             dist.all_reduce(reduced, op=dist.ReduceOp.MIN)
-        bad_step, nobody_wants_save, negative_step_us = reduced.tolist()
+        bad_step, nobody_wants_save, nobody_writes, negative_step_us = reduced.tolist()
         if bad_step != self.NEVER:
             raise Diverged(f"loss is not finite at epoch {self._epoch}, step {bad_step}; lower --lr")
         steps_in_time = int(SECONDS_BETWEEN_SYNCS * 1e6) // max(-negative_step_us, 1)
         self._next = step + min(max(steps_in_time, 1), self._limit)
-        return not nobody_wants_save
+        return not nobody_wants_save, not nobody_writes
 
 
 def own_states(model: nn.Module, device: torch.device) -> tuple[str, ...]:

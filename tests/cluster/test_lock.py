@@ -31,7 +31,7 @@ with NameLock(open_storage(sys.argv[1]), "runs", "mine", "--run-id"):
 @pytest.fixture
 def without_locks(storage: Storage) -> Storage:
     """The same folder through a file system that is not known to be local, as an object store's is."""
-    Path(storage.path("runs", ".claims")).mkdir(parents=True)  # an object store has no folders to make
+    Path(storage.path("runs", ".locks")).mkdir(parents=True)  # an object store has no folders to make
     return replace(storage, fs=pafs.SubTreeFileSystem("/", storage.fs))
 
 
@@ -48,7 +48,7 @@ def test_the_second_is_refused_and_told_who_has_it(request: pytest.FixtureReques
             pass
     with lock_name(place):
         pass
-    assert not place.exists("runs", ".claims", "mine")
+    assert not place.exists("runs", ".locks", "mine")
 
 
 def test_a_claim_leaves_nothing_behind(storage: Storage) -> None:

@@ -467,7 +467,7 @@ def test_a_run_whose_workers_fail_becomes_a_row_with_the_reason(trained: trainer
     rows = trainer.read_rows(storage, manifest, spec.config)
     row = trainer.run_or_explain(trainer.PlannedRun(storage, spec, plan, manifest, rows))
     assert row["status"] == "failed"
-    assert f"the checkpoint has form 99 and this code reads {PROGRESS_FORMAT}" in row["error"]
+    assert f"the checkpoint has form 99 and this code reads 4 and {PROGRESS_FORMAT}" in row["error"]
 
 
 def test_a_line_may_quote_what_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:

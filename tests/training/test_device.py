@@ -259,12 +259,13 @@ def edited(files: dict[str, bytes], edit: Callable[[dict[str, Any]], None]) -> C
 
 def as_a_gpu_writes_it(progress: dict[str, Any]) -> None:
     progress["device"] = "NVIDIA A10G"
-    for position in progress["positions"]:
-        position["states"] = [position["states"][0], CUDA_GENERATOR, *position["states"][1:]]
+    for state in progress["epoch_states"]:
+        state["states"] = [state["states"][0], CUDA_GENERATOR, *state["states"][1:]]
 
 
 def as_the_version_before_wrote_it(progress: dict[str, Any]) -> None:
     del progress["device"], progress["precision"]
+    progress |= {"format": 4, "positions": progress.pop("epoch_states")}
 
 
 @pytest.mark.slow
@@ -302,11 +303,11 @@ def test_states_of_a_cpu_are_restored_on_a_gpu_without_a_generator_for_it() -> N
 
 
 def shorten(progress: dict[str, Any]) -> None:
-    progress["positions"][0]["states"] = [CUDA_GENERATOR]
+    progress["epoch_states"][0]["states"] = [CUDA_GENERATOR]
 
 
 def add_states(progress: dict[str, Any]) -> None:
-    progress["positions"][0]["states"] += [CUDA_GENERATOR] * 2
+    progress["epoch_states"][0]["states"] += [CUDA_GENERATOR] * 2
 
 
 def number_the_device(progress: dict[str, Any]) -> None:

@@ -169,8 +169,10 @@ def test_looks_at_slow_steps_come_sooner(monkeypatch: pytest.MonkeyPatch, step_s
         now[0] += step_s
         if sync_points.is_due_after(step):
             due.append(step)
-            assert not sync_points.synchronise(step, wants_save=False)
+            assert sync_points.synchronise(step, wants_save=False) == (False, False)
     assert due == list(range(41, 62, steps))
+    assert sync_points.synchronise(62, wants_save=False, is_writing=True) == (False, True)
+    assert sync_points.synchronise(63, wants_save=True) == (True, False)
 
 
 def test_order_is_keyed_by_seed_epoch_and_rank(rows: Batch) -> None:

@@ -239,12 +239,14 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "epochs that do not follow each other": lambda progress: progress["history"].append({"epoch": 7}),
     "figures that are text": lambda progress: progress["history"][0].update(train_loss="0.5"),
     "no history": lambda progress: progress.pop("history"),
-    "an unknown field": lambda progress: progress["positions"][0].update(code="x"),
-    "a step as text": lambda progress: progress["positions"][0].update(step="10"),
-    "a step beyond the epoch": lambda progress: progress["positions"][0].update(step=21),
-    "ranks at other steps": lambda progress: progress["positions"].append(progress["positions"][0] | {"step": 11}),
-    "states that are no base64": lambda progress: progress["positions"][0].update(states=["?"]),
-    "positions that are a number": lambda progress: progress.update(positions=1),
+    "an unknown field": lambda progress: progress["epoch_states"][0].update(code="x"),
+    "a step as text": lambda progress: progress["epoch_states"][0].update(step="10"),
+    "a step beyond the epoch": lambda progress: progress["epoch_states"][0].update(step=21),
+    "ranks at other steps": lambda progress: progress["epoch_states"].append(
+        {**progress["epoch_states"][0], "step": 11}
+    ),
+    "states that are no base64": lambda progress: progress["epoch_states"][0].update(states=["?"]),
+    "epoch states that are a number": lambda progress: progress.update(epoch_states=1),
 }
 
 
