@@ -32,7 +32,7 @@ RECIPE = [
     "--shift=1",
     "--start-or-resume",
 ]
-# Where a CPU has no bf16, or plays one that has none, torch computes bf16 at a twentieth of the speed.
+# Where a CPU has no bf16, or plays one that has none, a step in bf16 takes about twice as long.
 HAS_BF16 = "ONEDNN_MAX_CPU_ISA" not in os.environ and bool(
     {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there}
 )

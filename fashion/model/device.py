@@ -42,6 +42,14 @@ def set_arithmetic(precision: str, deterministic: bool, device: torch.device) ->
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU computes products of bf16 numbers: avx512_bf16 or amx_bf16, and oneDNN may use them."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().startswith(("SSE", "AVX2")):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def kind_of(device: torch.device) -> str:
     """Return `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

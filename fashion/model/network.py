@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion.config import IMAGE_SIZE, NUM_CLASSES, Depth, Padding
-from fashion.model import winograd
+from fashion.model import emulated_bf16, winograd
 from fashion.model.dropout import Dropout
+from fashion.model.emulated_bf16 import Linear
 
 NUM_PARAMETERS: dict[Depth, int] = {"vgg": 7_001_194, "deep": 7_628_202, "deep-bn": 7_630_122}
 NUM_CONVOLUTIONS: dict[Depth, int] = {"vgg": 6, "deep": 8, "deep-bn": 8}
@@ -38,6 +39,8 @@ class Conv2d(nn.Conv2d):
         """Return the convolution of `x`, plus `bias` (out,) if there is one."""
         if winograd.is_quicker(x):
             return winograd.convolve(x, self.weight, bias, self.padding_mode)
+        if emulated_bf16.is_needed(x):
+            return emulated_bf16.in_fp32(self._conv_forward, x, self.weight, bias)
         y: Tensor = self._conv_forward(x, self.weight, bias)
         return y
 
@@ -140,9 +143,9 @@ class FashionCNN(nn.Module):
         widths = {"conv1": 32, "conv2": 32, "conv3": 64, "conv4": 128, "conv5": 128, "conv6": 256}
         widths |= {"conv3b": 64, "conv6b": 256}
         self.norms = nn.ModuleDict({k: nn.BatchNorm2d(w) for k, w in widths.items()} if depth == "deep-bn" else {})
-        self.fc1 = nn.Linear(256 * 7 * 7, 512)
-        self.fc2 = nn.Linear(512, 64)
-        self.fc3 = nn.Linear(64, NUM_CLASSES)
+        self.fc1 = Linear(256 * 7 * 7, 512)
+        self.fc2 = Linear(512, 64)
+        self.fc3 = Linear(64, NUM_CLASSES)
         self.dropout_conv = Dropout(dropout_conv)
         self.dropout_fc = Dropout(dropout_fc)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion.config import require
-from fashion.model.device import on_side_stream
+from fashion.model.device import cpu_has_bf16, on_side_stream
 from fashion.training.batches import Batch
 from fashion.training.sync import START, EpochState, SyncPoints, largest, own_states
 
@@ -86,8 +86,7 @@ def has_native_bf16(device: torch.device) -> bool:
         return override == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return cpu_has_bf16()
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
