@@ -34,7 +34,7 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 IMAGE_SIZE = 28
-RUN_ID_PATTERN = re.compile(r"[a-z][a-z0-9._-]{0,99}")
+RUN_ID_PATTERN = re.compile(r"[a-z][a-z0-9._-]{0,99}(?<!\.parquet)")
 
 Padding = Literal["zeros", "replicate", "reflect", "partial", "learned"]
 Depth = Literal["vgg", "deep", "deep-bn"]
@@ -349,7 +349,7 @@ def check_run_id(run_id: str, name: str = "--run-id") -> None:
     """
     require(
         RUN_ID_PATTERN.fullmatch(run_id) is not None,
-        f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100)",
+        f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100, without .parquet at its end)",
     )
 
 

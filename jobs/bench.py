@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
     from fashion.bench.rows import ROWS
     from fashion.cluster import connection
-    from fashion.reports import console, schemas, tables
+    from fashion.reports import console, tables
     from fashion.storage import open_storage
 
     out = Path(flags.out).expanduser().absolute() if flags.out else None
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     letters = flags.rows.split(",")
     unknown = [letter for letter in letters if letter not in ROWS]
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(ROWS)}")
-    storage.check_writable(schemas.REPORTS_FOLDER)
+    tables.open_reports(storage)
     connection.connect()
     measurements = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
     rows = [measurement.columns() for measurement in measurements]

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     storage = open_storage(flags.storage)
     manifest = load_manifest(storage)
     row = runs.load_run(storage, flags.run_id)
-    storage.check_writable(schemas.REPORTS_FOLDER)
+    tables.open_reports(storage)
     train_config = evaluation.check_run(storage, flags.run_id, row)
     connection.connect()
     try:

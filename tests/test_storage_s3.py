@@ -240,7 +240,7 @@ def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
     writer.start()
     try:
         seen = {len(tables.read_table(place, "epochs", "mine")) for _ in range(40)}
-        seen |= {len(rows) for _ in range(40) for _, rows in reading.read_files(place, "epochs")}
+        seen |= {len(rows) for _ in range(40) for rows in reading.read_files(place, "epochs")}
     finally:
         over.set()
         writer.join()

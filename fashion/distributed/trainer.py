@@ -113,7 +113,7 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
     manifest = find_manifest(storage) or preparation.prepare(storage, spec.source)[0]
     check_source(storage, manifest, spec.source)
     check_same_data(storage, manifest, stored)
-    storage.check_writable(schemas.RUNS_FOLDER, schemas.REPORTS_FOLDER)
+    tables.open_reports(storage, schemas.RUNS_FOLDER)
     with NameLock(storage, schemas.RUNS_FOLDER, spec.run_id, "--run-id"):
         stored = stored_row(storage, spec)  # another process may have trained the run until now
         if spec.resume:
@@ -373,5 +373,5 @@ def result_paths(storage: Storage, run_id: str, row: dict[str, Any]) -> dict[str
     """Return the paths of the run's checkpoint and reports, as a person would write them."""
     return {
         "checkpoint": storage.show(row["checkpoint"] or ""),
-        "reports": storage.show(schemas.REPORTS_FOLDER, "<table>", f"run_id={run_id}"),
+        "reports": storage.show(schemas.REPORTS_FOLDER, "<table>", run_id),
     }

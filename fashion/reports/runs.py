@@ -3,17 +3,15 @@
 import json
 from typing import Any
 
-from pyarrow import fs as pafs
-
 from fashion.config import TrainConfig, UserError, flag, parse_object, require
+from fashion.reports import tables
 from fashion.reports.schemas import REPORTS_FOLDER, RUNS_FOLDER
-from fashion.reports.tables import read_table
 from fashion.storage import Storage
 
 
 def find_run(storage: Storage, run_id: str) -> dict[str, Any] | None:
     """Return the `runs` row of `run_id`, or None; raises `UserError` if the report is damaged."""
-    rows = read_table(storage, "runs", run_id)
+    rows = tables.read_table(storage, "runs", run_id)
     return rows[0] if rows else None
 
 
@@ -28,9 +26,13 @@ def load_run(storage: Storage, run_id: str) -> dict[str, Any]:
 
 
 def list_runs(storage: Storage) -> list[str]:
-    """Return the ids of all runs, sorted."""
-    selector = pafs.FileSelector(storage.path(REPORTS_FOLDER, "runs"), allow_not_found=True)
-    return sorted(info.base_name.removeprefix("run_id=") for info in storage.fs.get_file_info(selector))
+    """Return the ids of all runs, sorted; raises `UserError` if the file of a search is damaged."""
+    names = [name for name in storage.list(REPORTS_FOLDER, "runs") if not name.startswith(".")]
+    found = {tables.owner(name) for name in names}
+    for name in names:
+        if not tables.owner(name):
+            found |= set(tables.read_file(storage, REPORTS_FOLDER, "runs", name)["run_id"].to_pylist())
+    return sorted(found - {""})
 
 
 def config_json(config: TrainConfig) -> str:
@@ -48,7 +50,7 @@ def config_of(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig
     try:
         return TrainConfig.from_dict(parse_object(row["config_json"] or ""))
     except ValueError as error:
-        place = storage.show(REPORTS_FOLDER, "runs", f"run_id={run_id}")
+        place = storage.show(REPORTS_FOLDER, "runs", run_id)
         raise UserError(f"{place} is damaged: config_json cannot be used ({error}); start another run") from error
 
 

@@ -9,8 +9,10 @@ SEARCHES_FOLDER = "searches"
 
 _TIME = pa.timestamp("us", tz="UTC")
 
-# Losses are nats per row, accuracies are fractions in 0..1, times are seconds, and epochs count from 1. `run_id` is the
-# partition column of every table: folders carry it, and files do not.
+RUN_ID = pa.field("run_id", pa.string())
+"""The first column of every file of the reports, in addition to those of its table."""
+
+# Losses are nats per row, accuracies are fractions in 0..1, times are seconds, and epochs count from 1.
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": pa.schema(
         [

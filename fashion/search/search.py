@@ -118,7 +118,7 @@ def search(
     check_source(storage, manifest, options.source)
     if options.resume:
         check_same_data(storage, manifest, read_settings(storage, search_id))
-    storage.check_writable(schemas.SEARCHES_FOLDER, schemas.REPORTS_FOLDER)
+    tables.open_reports(storage, schemas.SEARCHES_FOLDER)
     with NameLock(storage, schemas.SEARCHES_FOLDER, search_id, "--search-id"):
         if not options.resume:
             check_new_search(storage, search_id)  # somebody may have had the name until now

@@ -319,7 +319,7 @@ def test_a_studys_table_says_what_was_compared(full: Storage) -> None:
 
 
 def test_the_surest_mistakes_come_first(full: Storage) -> None:
-    ((_, rows),) = reading.read_files(full, "predictions", "long")
+    (rows,) = reading.read_files(full, "predictions", "long")
     found = predictions.find_mistakes(rows, "test")
     assert found is not None
     wrong = [row for row in rows.to_pylist() if row["label"] != row["predicted"]]
@@ -519,7 +519,7 @@ def test_users_mistakes_name_the_value_and_leave_nothing(full: Storage, storage:
 def test_a_damaged_report_is_named(table: str, storage: Storage, tmp_path: Path) -> None:
     write_run(storage, "a", 2, 2)
     tables.write_table(storage, "confusion", "a", [])
-    path = Path(storage.path("reports", table, "run_id=a", f"{table}.parquet"))
+    path = Path(storage.path("reports", table, "a", f"{table}.parquet"))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{table}.parquet is damaged") as caught:
         build.build_page(storage, tmp_path / "page.html")

@@ -55,7 +55,7 @@ def test_parts_of_a_table_have_files_of_their_own(storage: Storage) -> None:
     """So evaluations of two splits at the same time never overwrite each other's rows."""
     for split, counts in (("val", [1]), ("test", [2, 3]), ("val", [4])):
         tables.write_table(storage, "confusion", "a", [{"split": split, "count": n} for n in counts], part=split)
-    assert storage.list("reports", "confusion", "run_id=a") == ["confusion-test.parquet", "confusion-val.parquet"]
+    assert storage.list("reports", "confusion", "a") == ["confusion-test.parquet", "confusion-val.parquet"]
     rows = tables.read_table(storage, "confusion", "a")
     assert [(row["split"], row["count"]) for row in rows] == [("test", 2), ("test", 3), ("val", 4)]
     assert len(pd.read_parquet(f"{storage.uri}/reports/confusion")) == 3
@@ -128,7 +128,7 @@ def test_a_damaged_report_is_named(storage: Storage) -> None:
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"lr": "fast"}', '{"droput": 1}', "[" * 100_000])
 def test_damaged_settings_of_a_run_are_refused(storage: Storage, text: str | None) -> None:
     tables.write_table(storage, "runs", "a", [{"status": "running", "config_json": text}])
-    with pytest.raises(UserError, match="run_id=a is damaged: config_json cannot be used"):
+    with pytest.raises(UserError, match="a is damaged: config_json cannot be used"):
         runs.stored_config(storage, "a")
 
 

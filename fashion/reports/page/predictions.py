@@ -140,7 +140,7 @@ def class_figure(rows: Sequence[Row]) -> Figure:
 
 def mistakes_section(storage: Storage, run: Row, split: str) -> list[Section]:
     """Show the most confident mistakes as images, or why they cannot be shown; no section without predictions."""
-    tables = [rows for _, rows in read_files(storage, "predictions", run["run_id"])]
+    tables = read_files(storage, "predictions", run["run_id"])
     found = find_mistakes(pa.concat_tables(tables), split) if tables else None
     if found is None:
         return []

@@ -2,19 +2,17 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import fs as pafs
 
 from fashion.config import TrainConfig, UserError, require
 from fashion.reports.page.content import Row, is_finite
-from fashion.reports.schemas import REPORTS_FOLDER, SCHEMAS
-from fashion.reports.tables import in_schema
+from fashion.reports.schemas import SCHEMAS
+from fashion.reports.tables import OLD_PREFIX, list_files, owner, with_run_id
 from fashion.storage import Storage, read_parquet
 
 TRIAL_COLUMNS = (
@@ -113,37 +111,36 @@ def load_reports(storage: Storage, run_ids: Sequence[str] = ()) -> Reports:
 
 def read_rows(storage: Storage, table: str) -> list[Row]:
     """Return all rows of a table with their `run_id`; columns that an older report lacks are None."""
-    return [row for run_id, rows in read_files(storage, table) for row in with_all_columns(table, run_id, rows)]
+    return [row for rows in read_files(storage, table) for row in with_all_columns(table, rows)]
 
 
 def read_run_rows(storage: Storage, table: str, run_id: str) -> list[Row]:
-    """Return one run's rows of a table."""
-    return [row for owner, rows in read_files(storage, table, run_id) for row in with_all_columns(table, owner, rows)]
+    """Return the rows of a table that lie in files of one run alone, as those of its evaluation do."""
+    return [row for rows in read_files(storage, table, run_id) for row in with_all_columns(table, rows)]
 
 
-def with_all_columns(table: str, run_id: str, rows: pa.Table) -> list[Row]:
+def with_all_columns(table: str, rows: pa.Table) -> list[Row]:
     """Return rows as dictionaries with every column of the table; columns that the file lacks are None."""
     names = SCHEMAS[table].names if table in SCHEMAS else []
     blank = dict.fromkeys([*names, *(TRIAL_COLUMNS if table == "trials" else ())])
-    return [blank | {"run_id": run_id} | row for row in rows.to_pylist()]
+    return [blank | row for row in rows.to_pylist()]
 
 
-def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str, pa.Table]]:
-    """Return (run id, rows) of each Parquet file of a table, or of one run's files. Eight threads read.
+def read_files(storage: Storage, table: str, run_id: str = "") -> list[pa.Table]:
+    """Return the rows, `run_id` first, of each Parquet file of a table, or of one run's own files. Eight threads read.
 
     Raises `UserError` for a file that cannot be read, is damaged, or lacks columns.
     """
-    folder = [REPORTS_FOLDER, table, *([f"run_id={run_id}"] if run_id else [])]
-    selector = pafs.FileSelector(storage.path(*folder), allow_not_found=True, recursive=True)
-    found = sorted(info.path for info in storage.fs.get_file_info(selector) if info.type == pafs.FileType.File)
-    paths = [path for path in found if path.endswith(".parquet") and not Path(path).name.startswith(".")]
+    folders = [(run_id,), (f"{OLD_PREFIX}{run_id}",)] if run_id else [()]
+    places = [place for folder in folders for place in list_files(storage, table, *folder)]
+    # `open_reports`, killed in between, leaves a file of an earlier version at its old place as well.
+    moved = {(owner(place[2]), place[-1]) for place in places if not place[2].startswith(OLD_PREFIX)}
+    stale = [each for each in places if each[2].startswith(OLD_PREFIX) and (owner(each[2]), each[-1]) in moved]
 
-    def read(path: str) -> tuple[str, pa.Table]:
-        owner = next((part[7:] for part in path.split("/") if part.startswith("run_id=")), "")
-        place = path.removeprefix(f"{storage.root}/")
-        file = storage.show(place)
+    def read(place: tuple[str, ...]) -> pa.Table:
+        file = storage.show(*place)
         try:
-            rows = read_parquet(storage.read_bytes(place))
+            rows = read_parquet(storage.read_bytes(*place))
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} cannot be read ({reason}); see to the storage") from error
@@ -152,12 +149,12 @@ def read_files(storage: Storage, table: str, run_id: str = "") -> list[tuple[str
         missing = ", ".join(sorted(REQUIRED_COLUMNS.get(table, set()) - set(rows.column_names)))
         require(not missing, f"{file} is damaged (it lacks {missing}); remove it or write it again")
         try:
-            return owner, in_schema(table, rows)
+            return with_run_id(table, rows, owner(place[2]))
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); remove it or write it again") from error
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(read, paths))
+        return list(pool.map(read, [place for place in places if place not in stale]))
 
 
 def check_exists(asked: Sequence[str], runs: dict[str, Row], names: Sequence[str], storage: Storage) -> None:
@@ -186,9 +183,10 @@ def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str
     groups: dict[str, list[Row]] = defaultdict(list)
     for trial in trials:
         groups[str(trial["search_id"])].append(trial)
+    run_ids = {*runs, *epochs}
     searches: list[Search] = []
     for search_id, rows in sorted(groups.items()):
-        owners = {row["trial_id"]: run_id_of_trial(row, [*runs, *epochs]) for row in rows}
+        owners = {row["trial_id"]: run_id_of_trial(row, run_ids) for row in rows}
         searches.append(
             Search(
                 search_id,
@@ -208,7 +206,7 @@ def group_studies(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(studies)
 
 
-def run_id_of_trial(trial: Row, run_ids: Sequence[str]) -> str:
+def run_id_of_trial(trial: Row, run_ids: Collection[str]) -> str:
     """Return the run id of a trial: its id, its id with the search's before it, or else the row's `run_id`."""
     trial_id, search_id = str(trial["trial_id"]), str(trial["search_id"])
     names = [trial_id, f"{search_id}-{trial_id}", f"{search_id}_{trial_id}", f"{search_id}.{trial_id}"]
