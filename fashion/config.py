@@ -349,7 +349,8 @@ def check_run_id(run_id: str, name: str = "--run-id") -> None:
     """
     require(
         RUN_ID_PATTERN.fullmatch(run_id) is not None,
-        f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100, without .parquet at its end)",
+        f"{name} {run_id!r} must start with a letter a-z and hold only a-z, 0-9, '.', '_' and '-' (at most 100, "
+        "without .parquet at its end)",
     )
 
 

@@ -82,6 +82,13 @@ def as_arrow(table: str, rows: list[dict[str, Any]] | pa.Table) -> pa.Table:
     return rows.cast(schema)
 
 
+def in_file_schema(table: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Return rows that have a `run_id` as in a file of `table`: `run_id` first, the other columns as by `as_arrow`."""
+    run_ids = pa.array([row[RUN_ID.name] for row in rows], RUN_ID.type)
+    others = [{name: value for name, value in row.items() if name != RUN_ID.name} for row in rows]
+    return as_arrow(table, others).add_column(0, RUN_ID, run_ids)
+
+
 def to_parquet(rows: pa.Table, metadata: Mapping[str, str] | None = None) -> pa.Buffer:
     """Return rows as the content of a Parquet file, whose Arrow metadata holds `schema_version` and `metadata`."""
     content = rows.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), **(metadata or {})})
@@ -104,7 +111,9 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
     Raises `UserError` if a file is damaged or cannot be read.
     """
     for folder in (run_id, f"{OLD_PREFIX}{run_id}"):
-        places = [(REPORTS_FOLDER, table, folder, name) for name in parquet_names(storage, REPORTS_FOLDER, table, folder)]
+        places = [
+            (REPORTS_FOLDER, table, folder, name) for name in parquet_names(storage, REPORTS_FOLDER, table, folder)
+        ]
         if places:
             break
     else:
@@ -277,7 +286,7 @@ def write_csv(storage: Storage, folder: Path) -> list[Path]:
 
 
 def list_files(storage: Storage, table: str, *folder: str) -> list[tuple[str, ...]]:
-    """Return the place of each Parquet file of a table, or of a folder in it, as parts below the storage root, sorted."""
+    """Return the place of each Parquet file of a table, or of a folder in it, as parts below the root, sorted."""
     selector = pafs.FileSelector(storage.path(REPORTS_FOLDER, table, *folder), allow_not_found=True, recursive=True)
     found = [info for info in storage.fs.get_file_info(selector) if info.type == pafs.FileType.File]
     names = sorted(info.path for info in found if info.extension == SUFFIX[1:] and not info.base_name.startswith("."))

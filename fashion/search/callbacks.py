@@ -1,5 +1,10 @@
-"""The callback through which Ray Tune reports a trial's start, epochs and end: record, print, remove checkpoints."""
+"""The callback through which Ray Tune reports a trial's start, epochs and end: record, print, remove checkpoints.
 
+Tune calls it from its event loop, which all trials of the search share: nothing here waits for the storage, or costs
+more with more trials.
+"""
+
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ from fashion.distributed import trainer
 from fashion.reports import schemas
 from fashion.search.scheduler import trial_name
 from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers
-from fashion.search.trial_store import ENDED, TrialStore
+from fashion.search.trial_store import TrialStore
 from fashion.storage import Storage
 from fashion.training.metrics import NOTES, TIMES, Metrics
 
@@ -60,7 +65,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remove the workers of a crashed trial, whose CPUs its second start needs."""
-        remove_workers(self._search_id, trial_name(trial))
+        self._remove_workers(trial_name(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that Tune does not start again after a crash."""
@@ -68,10 +73,15 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
         self._end(trial_name(trial), "error", trainer.summarise_error(Path(trial.error_file).read_text()))
 
     def _end(self, name: str, status: str, error: str | None) -> None:
-        self._store.end(name, status, error)
+        self._remove_workers(name)
+        checkpoints = (schemas.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
+        # Only once the end is durable: a trial whose end is lost in a crash goes on from its checkpoint.
+        self._store.end(name, status, error, then=partial(self._storage.delete_folder, *checkpoints))
         print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
-        remove_workers(self._search_id, name)
-        self._storage.delete_folder(schemas.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
+
+    def _remove_workers(self, name: str) -> None:
+        if self._store.config.workers_per_trial > 1:
+            remove_workers(self._search_id, name)
 
 
 def trial_line(store: TrialStore, name: str) -> str:
@@ -81,8 +91,7 @@ def trial_line(store: TrialStore, name: str) -> str:
     settings = "  ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.settings.items()
     )
-    num_ended = sum(each.status in ENDED for each in store.trials.values())
     return (
         f"{name}  epoch {latest['epoch']}/{store.config.max_epochs}  val accuracy {latest['val_accuracy']:.4f} "
-        f"loss {latest['val_loss']:.4f}  {settings}  ({num_ended} of {store.config.num_samples} trials ended)"
+        f"loss {latest['val_loss']:.4f}  {settings}  ({store.num_ended} of {store.config.num_samples} trials ended)"
     )

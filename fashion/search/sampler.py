@@ -1,5 +1,6 @@
 """The settings that a search tries: a Ray Tune searcher that returns planned settings, or draws them by TPE."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ class PlannedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
 
     def __init__(self, points: list[dict[str, Any]], sampler: OptunaSearch | None, limit: Callable[[int], int]) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._points = list(points)
+        self._points = deque(points)
         self._sampler = sampler
         self._limit = limit
         self._drawn: set[str] = set()
@@ -53,7 +54,7 @@ class PlannedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
         if len(self._running) >= self._limit(len(self._running) + len(self._points)):
             return None
         self._running.add(trial_id)
-        point = self._points.pop(0)
+        point = self._points.popleft()
         if set(point) == {TRIAL}:
             assert self._sampler is not None, point
             point |= self._sampler.suggest(trial_id)

@@ -8,10 +8,12 @@ trials; to go on, a fresh scheduler is shown every result again, and unfinished 
 import logging
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.tune
+from pyarrow import fs as pafs
 from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion.cluster import connection
@@ -23,7 +25,7 @@ from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed import trainer
-from fashion.reports import runs, schemas
+from fashion.reports import runs, schemas, tables
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
 from fashion.search.plan import SearchPlan, TrialLimit, make_search_plan
@@ -138,8 +140,13 @@ def search(
         points = pending_points(store)
         rows = trainer.read_rows(storage, manifest, base) if points else {}  # a damaged file is found here
         write_settings(storage, search_id, config, base, identity)
-        if points:
-            run_trials(spec, store, points, rows)
+        if points or store.has_news:
+            if options.resume:
+                remove_checkpoints(storage, search_id, store)
+            with store:
+                if points:
+                    run_trials(spec, store, points, rows)
+            remove_checkpoints(storage, search_id, store)
     trials = store.ranked()
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
@@ -159,10 +166,7 @@ def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> T
 def run_trials(
     spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]], rows: Mapping[str, StoredRows]
 ) -> None:
-    """Run `points` on Ray Tune, all on the same `rows`, and write down what becomes of each.
-
-    The trials' checkpoints are gone afterwards.
-    """
+    """Run `points` on Ray Tune, all on the same `rows`, and note what becomes of each."""
     quieten_tune()
     storage, search_id, scale, plan = spec.storage, spec.search_id, spec.scale, spec.plan
     config = store.config
@@ -206,13 +210,14 @@ def run_trials(
             remove_workers(search_id, trial.trial_id)
     for trial in store.unfinished():
         store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
-    remove_checkpoints(storage, search_id, store)
 
 
 def quieten_tune() -> None:
     """Keep Tune from writing and saying a second time what the reports hold and the `SearchCallback` says."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV and JSON files
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # Its snapshots, which hold every trial and are never read here; the curves for TensorBoard are copied with them.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # this one prints failures whatever its verbosity
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a list of the trials that failed
 
@@ -235,9 +240,19 @@ def shared_by_trials(spec: SearchSpec, config: SearchConfig, rows: Mapping[str, 
 
 
 def remove_checkpoints(storage: Storage, search_id: str, store: TrialStore) -> None:
-    """Remove what ended trials left: workers that were still saving when their trial was stopped leave something."""
-    for name in store.trials:
-        storage.delete_folder(schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
+    """Remove the checkpoints of all trials but the unfinished ones.
+
+    Workers that were still saving when their trial was stopped leave some, and so does a crash: of trials that had just
+    ended, and of trials whose start was lost, which start anew. One listing finds them all.
+    """
+    unfinished = {trial.trial_id for trial in store.unfinished()}
+    folder = storage.path(schemas.SEARCHES_FOLDER, search_id)
+    selector = pafs.FileSelector(folder, allow_not_found=True, recursive=True)
+    inside = (info.path.removeprefix(f"{folder}/").split("/") for info in storage.fs.get_file_info(selector))
+    names = {parts[0] for parts in inside if parts[1:2] == [CHECKPOINTS]} - unfinished
+    with ThreadPoolExecutor(tables.READERS) as pool:
+        places = ((schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS) for name in sorted(names))
+        list(pool.map(lambda place: storage.delete_folder(*place), places))
 
 
 def refit_winner(spec: SearchSpec, winner: Trial) -> trainer.TrainResult:
