@@ -4,13 +4,10 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
 
 import pytest
 
 from fashion.config import TrainConfig, UserError
-from fashion.reports import runs, tables
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.stored_settings import (
     STATE_VERSION,
@@ -20,9 +17,7 @@ from fashion.search.stored_settings import (
     stored_settings,
     write_settings,
 )
-from fashion.search.trial_store import TrialStore
 from fashion.storage import Storage
-from fashion.training import metrics as metric
 
 
 def test_draws_lie_in_their_ranges_and_spread_over_orders_of_magnitude() -> None:
@@ -88,71 +83,7 @@ def test_settings_survive_json() -> None:
     assert SearchConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-# --- the trial store ------------------------------------------------------------------------------------------------
-
 CONFIG = SearchConfig(num_samples=4, max_epochs=3)
-
-
-def open_store(storage: Storage, config: SearchConfig = CONFIG) -> TrialStore:
-    return TrialStore(storage, "s", config, {"dataset": "fashion-mnist"}, TrainConfig(epochs=3).to_dict())
-
-
-def epoch(number: int, accuracy: float) -> dict[str, Any]:
-    """Metrics of one epoch, as a trial reports them."""
-    figures = {"loss": 1.0 - accuracy, "accuracy": accuracy, "rows": 100}
-    both = {f"{split}_{name}": value for split in ("train", "val") for name, value in figures.items()}
-    times = {"epoch_time_s": 2.0, "data_wait_s": 0.0, "val_time_s": 1.0, "val_wait_s": 0.0}
-    return {"epoch": number, "lr": 1e-3, "world_size": 1, "device": "cpu"} | both | times
-
-
-def test_rows_turn_into_metrics_and_back() -> None:
-    history = [epoch(1, 0.5), epoch(2, 0.75)]
-    rows = [row for metrics in history for row in metric.epoch_rows(metrics)]
-    bare = [{key: value for key, value in each.items() if key not in ("world_size", "device")} for each in history]
-    assert metric.from_rows(rows) == bare
-
-
-def test_a_trial_store_is_read_back_as_it_was_written(storage: Storage) -> None:
-    store = open_store(storage)
-    store.start("t0000", {"lr": 0.1, "dropout_fc": 0.2})
-    store.add_epoch("t0000", epoch(1, 0.6), 3.0)
-    store.add_epoch("t0000", epoch(2, 0.5), 3.0)
-    store.end("t0000", "stopped")
-    store.start("t0001", {"lr": 0.2})
-    store.add_epoch("t0001", epoch(1, 0.7), 3.0)
-    store.start("t0002", {"lr": 0.3})
-    store.end("t0002", "diverged", "loss is not finite")
-    again = open_store(storage)
-    assert again.trials["t0000"].settings == {"lr": 0.1, "dropout_fc": 0.2}
-    assert [each["val_accuracy"] for each in again.trials["t0000"].history] == [0.6, 0.5]
-    assert [trial.trial_id for trial in again.unfinished()] == ["t0001"]
-    assert again.not_started() == [3]
-    assert [trial.trial_id for trial in again.ranked()] == ["t0001", "t0000", "t0002"]
-    judged = {trial.trial_id: len(history) for trial, history in again.judged()}
-    assert judged == {"t0000": 2, "t0001": 0, "t0002": 0}, "an unfinished trial's last epoch may not have been judged"
-
-
-def test_rows_of_a_trial(storage: Storage) -> None:
-    store = open_store(storage)
-    store.start("t0000", {"lr": 0.1, "padding": 7})
-    store.add_epoch("t0000", epoch(1, 0.6), 3.0)
-    store.add_epoch("t0000", epoch(2, 0.5), 3.0)
-    store.add_epoch("t0000", epoch(2, 0.55), 3.0)  # reported again after a crash
-    store.end("t0000", "error", "RuntimeError: boom")
-    [row] = tables.read_table(storage, "trials", "s-t0000")
-    assert (row["search_id"], row["trial_id"], row["status"], row["error"]) == (
-        "s",
-        "t0000",
-        "error",
-        "RuntimeError: boom",
-    )
-    assert (row["lr"], row["padding"], row["settings_json"]) == (0.1, None, '{"lr": 0.1, "padding": 7}')
-    assert (row["epochs_done"], row["rung"], row["best_epoch"], row["max_epochs"]) == (2, 1, 1, 3)
-    assert (row["val_accuracy"], row["last_val_accuracy"]) == (0.6, 0.55)
-    run = runs.load_run(storage, "s-t0000")
-    assert (run["kind"], run["status"], run["search_id"], run["epochs_done"]) == ("trial", "failed", "s", 2)
-    assert run["started_at"] <= run["finished_at"] <= datetime.now(UTC)
-    assert len(tables.read_table(storage, "epochs", "s-t0000")) == 4
 
 
 def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage: Storage) -> None:
@@ -177,20 +108,3 @@ def test_a_search_is_refused_under_a_taken_name_and_with_other_settings(storage:
         storage.write_bytes(state, *settings_place("s"))
         with pytest.raises(UserError, match=r"search.json is damaged \(.*\); start another search"):
             stored_settings(storage, "s")
-
-
-@pytest.mark.parametrize(
-    ("table", "rows"),
-    [
-        ("trials", []),
-        ("trials", [{"settings_json": None}]),
-        ("trials", [{"settings_json": "[1]"}]),
-        ("epochs", [{"epoch": 1, "split": "other", "loss": 1.0}]),
-        ("epochs", [row | {"epoch": 2} for row in metric.epoch_rows(epoch(1, 0.5))]),
-    ],
-)
-def test_damaged_rows_of_a_trial_are_refused(storage: Storage, table: str, rows: list[dict[str, Any]]) -> None:
-    open_store(storage).start("t0000", {"lr": 0.1})
-    tables.write_table(storage, table, "s-t0000", rows)
-    with pytest.raises(UserError, match="the reports of s-t0000 are damaged"):
-        open_store(storage)
