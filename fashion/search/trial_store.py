@@ -59,7 +59,7 @@ class Trial:
     history: list[Metrics] = field(default_factory=list)
     """Metrics of each epoch, as `TrainingRun` gives them."""
     process: dict[str, Any] = field(default_factory=dict)
-    """The columns `schemas.PROCESS_COLUMNS`, as its latest epoch gave them."""
+    """Those of the columns `schemas.PROCESS_COLUMNS` that its latest epoch gave."""
 
     @property
     def best(self) -> Metrics | None:
@@ -225,7 +225,7 @@ class TrialTables:
         epochs_done = len(trial.history)
         best = trial.best or {}
         columns = schemas.SCHEMAS["trials"]
-        reached_rungs = [rung for rung in self.config.rungs if rung <= epochs_done]
+        reached_rungs = [rung for rung in self._config.rungs if rung <= epochs_done]
         return {
             "search_id": self._search_id,
             "trial_id": trial.trial_id,
@@ -233,7 +233,7 @@ class TrialTables:
             "error": trial.error,
             **{name: value_or_none(value, columns.field(name).type) for name, value in trial.settings.items()},
             "settings_json": json.dumps(trial.settings),
-            "max_epochs": self.config.max_epochs,
+            "max_epochs": self._config.max_epochs,
             "epochs_done": epochs_done,
             "rung": reached_rungs[-1] if reached_rungs else None,
             "best_epoch": best.get("epoch"),
@@ -255,7 +255,7 @@ def trial_from(row: dict[str, Any], run: dict[str, Any], epochs: list[dict[str, 
         run["finished_at"],
         row["wall_s"] or 0.0,
         from_rows(epochs),
-        {name: run[name] for name in schemas.PROCESS_COLUMNS},
+        {name: run[name] for name in schemas.PROCESS_COLUMNS if run[name] is not None},
     )
 
 
@@ -331,8 +331,8 @@ class TrialStore:
 
     def add_epoch(self, trial_id: str, metrics: Metrics, seconds: float) -> None:
         """Note an epoch, which took `seconds`. An epoch that is reported again replaces itself and all later ones."""
-        process = {name: metrics.get(name) for name in schemas.PROCESS_COLUMNS}
-        figures = {name: value for name, value in metrics.items() if name not in process}
+        process = {name: metrics[name] for name in schemas.PROCESS_COLUMNS if metrics.get(name) is not None}
+        figures = {name: value for name, value in metrics.items() if name not in schemas.PROCESS_COLUMNS}
         self._note({"event": "epoch", "trial": trial_id, "metrics": figures, "process": process, "seconds": seconds})
 
     def end(self, trial_id: str, status: str, error: str | None = None, then: Callable[[], None] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -164,6 +165,7 @@ class WatchedStorage(Storage):
 
     copies: Path = Path()
     taken: list[Path] = field(default_factory=list)
+    one: threading.Lock = field(default_factory=threading.Lock)
 
     def _copy(self) -> None:
         target = self.copies / str(len(self.taken))
@@ -172,17 +174,19 @@ class WatchedStorage(Storage):
 
     def write_bytes(self, data: bytes | pa.Buffer, *parts: str) -> None:
         """Write as `Storage` does."""
-        self._copy()
-        super().write_bytes(data, *parts)
+        with self.one:
+            self._copy()
+            super().write_bytes(data, *parts)
 
     def delete_folder(self, *parts: str) -> None:
         """Delete as `Storage` does, one file after the other."""
         folder = Path(self.path(*parts))
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-            if path.is_file():
-                self._copy()
-                path.unlink()
-        super().delete_folder(*parts)
+        with self.one:
+            for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+                if path.is_file():
+                    self._copy()
+                    path.unlink()
+            super().delete_folder(*parts)
 
 
 @pytest.fixture
@@ -364,8 +368,9 @@ def test_one_call_reads_all_layouts(old: Storage) -> None:
             "page": [row["run_id"] for row in reading.read_rows(old, table)],
         }
         assert {name: sorted(values) for name, values in found.items()} == dict.fromkeys(found, sorted(expected))
-    query = "SELECT count(*) FROM read_parquet('{0}/epochs/**/*.parquet') JOIN read_parquet('{0}/runs/**/*.parquet') USING (run_id)"
-    assert duckdb.sql(query.format(old.path("reports"))).fetchone() == (4 + 2 * 6,)
+    epochs, runs_of = (f"read_parquet('{old.path('reports', table)}/**/*.parquet')" for table in ("epochs", "runs"))
+    counted = duckdb.sql(f"SELECT count(*) FROM {epochs} JOIN {runs_of} USING (run_id)").fetchall()
+    assert counted == [(4 + 2 * 6,)]
     assert runs.list_runs(old) == sorted(["alone", "mine", *trials])
     assert runs.load_run(old, "alone")["kind"] == "train"
 
