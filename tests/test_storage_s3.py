@@ -377,7 +377,8 @@ def test_a_search_keeps_its_trials_there(remote: Storage) -> None:
     flags = ["--preset=smoke", "--num-samples=2", "--max-epochs=2", "--max-train-rows=256", "--source=auto"]
     done = run_job("jobs.tune", "--storage", remote.uri, "--search-id", "few", *flags)
     assert done.returncode == 0, done.stderr
-    assert [name for name in remote.list("reports", "trials") if name.startswith("run_id=few-")] == [
-        "run_id=few-t0000",
-        "run_id=few-t0001",
-    ]
+    for table in ("epochs", "runs", "trials"):
+        assert "few.parquet" in remote.list("reports", table)
+        assert tables.read_table(remote, table, "few-t0001")
+    assert not remote.exists("searches", "few", "journal")
+    assert not remote.exists("searches", "few", "t0000", "checkpoints")

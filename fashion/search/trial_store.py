@@ -32,6 +32,8 @@ JOURNAL = "journal"
 """Folder of a search's journal, below the search's folder."""
 LAST_SEGMENT = "journal_segment"
 """Key of a file's metadata: the number of the last segment of the journal whose events are in its rows."""
+IDENTITY = "identity"
+"""Key of a file's metadata: the `runs` columns of the process that wrote those events, as a JSON object."""
 
 
 def name_of(number: int) -> str:
@@ -107,7 +109,7 @@ class TrialTables:
         self._folders = [name for name in names if tables.owner(name) in known]
         """Folders of single trials, in which earlier versions kept their rows."""
         self._rows = self._read_rows()
-        self.last_segment = int((self._rows["trials"].schema.metadata or {}).get(LAST_SEGMENT.encode(), 0))
+        self.last_segment, self._identity = self._read_metadata()
         self.found = self._read_trials()
         """All trials, as their rows have them."""
         ended = pa.array([run_id_of(search_id, name) for name, trial in self.found.items() if trial.status in ENDED])
@@ -120,7 +122,6 @@ class TrialTables:
             if trial.status not in ENDED
         }
         self._ended: list[tuple[Trial, dict[str, Any]]] = []
-        self._identity: dict[str, Any] = {}
 
     @property
     def is_split(self) -> bool:
@@ -138,6 +139,14 @@ class TrialTables:
                 parts = list(pool.map(self._read_folder, self._folders))
             return {table: pa.concat_tables(part[table] for part in parts) for table in tables.SEARCH_TABLES}
         return {table: tables.in_file_schema(table, []) if rows is None else rows for table, rows in found.items()}
+
+    def _read_metadata(self) -> tuple[int, dict[str, Any]]:
+        metadata = self._rows["trials"].schema.metadata or {}
+        try:
+            return int(metadata.get(LAST_SEGMENT.encode(), 0)), parse_object(metadata.get(IDENTITY.encode(), b"{}"))
+        except ValueError as error:
+            told = f"the reports of {self._search_id} are damaged ({error}); start another search"
+            raise UserError(told) from error
 
     def _read_folder(self, name: str) -> dict[str, pa.Table]:
         run_id, found = tables.owner(name), {}
@@ -179,12 +188,12 @@ class TrialTables:
         The file of `trials` is the last one. If the one before it is newer, reading it back does no harm: an event that
         a row holds already may be applied to it again.
         """
+        metadata = {LAST_SEGMENT: str(last_segment), IDENTITY: json.dumps(self._identity)}
         for table in tables.SEARCH_TABLES:
             ended = self._make_rows(table, self._ended)
             self._rows[table] = pa.concat_tables([self._rows[table], ended]).combine_chunks()
             running = self._make_rows(table, [(trial, self._identity) for trial in self._running.values()])
             rows = pa.concat_tables([self._rows[table], running]).sort_by("run_id")
-            metadata = {LAST_SEGMENT: str(last_segment)}
             tables.write_search_table(self._storage, table, self._search_id, rows, metadata)
         self._ended = []
         with ThreadPoolExecutor(tables.READERS) as pool:

@@ -253,14 +253,15 @@ def test_a_crash_at_any_moment_loses_the_newest_events_alone(tmp_path: Path) -> 
         call(store, CALLS)
     expected = list(states(tmp_path))
     reached = 0
-    for folder in watched.taken:
+    for number, folder in enumerate(watched.taken):
         storage = open_storage(str(folder))
         store = open_store(storage)
         found = without_times(store.trials)
         reached = max(count for count, state in enumerate(expected) if state == found and count >= reached)
-        for _ in range(2):  # resumed, it is interrupted before anything happens, and resumed again
-            with open_store(storage) as store:
-                pass
+        if number % 3 == 0:  # resumed, it is interrupted before anything happens, and resumed again
+            for _ in range(2):
+                with open_store(storage) as store:
+                    pass
         assert without_times(store.trials) == found
         with open_store(storage) as store:
             call(store, CALLS[reached:])
