@@ -167,41 +167,13 @@ def run_trials(
     spec: SearchSpec, store: TrialStore, points: list[dict[str, Any]], rows: Mapping[str, StoredRows]
 ) -> None:
     """Run `points` on Ray Tune, all on the same `rows`, and note what becomes of each."""
-    quieten_tune()
     storage, search_id, scale, plan = spec.storage, spec.search_id, spec.scale, spec.plan
-    config = store.config
-    shared = shared_by_trials(spec, config, rows)
+    shared = shared_by_trials(spec, store.config, rows)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
-    loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
-    if spec.options.mlflow:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-        loggers.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=search_id))
-    # Tune starts one trial at a time if it is not told how many may wait for a process; `limit` decides.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(len(points))
-    limit = TrialLimit(config, scale, has_autoscaler=autoscaler_status().is_there)
-    tuner = ray.tune.Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            search_alg=PlannedSampler(points, build_sampler(store), limit),
-            scheduler=replay_scheduler(store),
-            num_samples=len(points),
-            time_budget_s=scale.time_budget_s or None,
-            # A trial with workers of its own holds its process until they are gone; a fresh process is quicker.
-            reuse_actors=config.workers_per_trial == 1,
-            trial_name_creator=trial_name,
-            trial_dirname_creator=trial_name,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=search_id,
-            storage_path=storage.path(schemas.SEARCHES_FOLDER),
-            storage_filesystem=storage.fs,
-            failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[SearchCallback(storage, search_id, store), *loggers],
-            verbose=0,
-        ),
-    )
+    limit = TrialLimit(store.config, scale, has_autoscaler=autoscaler_status().is_there)
+    callbacks = [SearchCallback(storage, search_id, store), *loggers(spec)]
+    tuner = build_tuner(storage, search_id, store, points, trainable, limit, callbacks, scale.time_budget_s)
     try:
         trainer.run_in_thread(tuner.fit)
     finally:
@@ -210,6 +182,62 @@ def run_trials(
             remove_workers(search_id, trial.trial_id)
     for trial in store.unfinished():
         store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
+
+
+def loggers(spec: SearchSpec) -> list[ray.tune.Callback]:
+    """Return the callbacks that write curves for TensorBoard, where the storage is a folder, and tell MLflow of them.
+
+    Tune copies all files for TensorBoard into the storage again and again: in an object store, where nothing shows
+    them, each of these copies costs some requests per trial.
+    """
+    found: list[ray.tune.Callback] = []
+    if isinstance(spec.storage.fs, pafs.LocalFileSystem):
+        found.append(TBXLoggerCallback())
+    if spec.options.mlflow:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        found.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=spec.search_id))
+    return found
+
+
+def build_tuner(
+    storage: Storage,
+    search_id: str,
+    store: TrialStore,
+    points: list[dict[str, Any]],
+    trainable: Any,
+    limit: Callable[[int], int],
+    callbacks: list[ray.tune.Callback],
+    time_budget_s: float = 0.0,
+) -> ray.tune.Tuner:
+    """Return the Tuner of a search, which runs `trainable` for each of `points` and resumes from nothing of Tune's own.
+
+    `limit` says how many trials may run at a time. Sets variables of the environment that Tune reads.
+    """
+    quieten_tune()
+    # Tune starts one trial at a time if it is not told how many may wait for a process; `limit` decides.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(len(points))
+    return ray.tune.Tuner(
+        trainable,
+        tune_config=ray.tune.TuneConfig(
+            search_alg=PlannedSampler(points, build_sampler(store), limit),
+            scheduler=replay_scheduler(store),
+            num_samples=len(points),
+            time_budget_s=time_budget_s or None,
+            # A trial with workers of its own holds its process until they are gone; a fresh process is quicker.
+            reuse_actors=store.config.workers_per_trial == 1,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=search_id,
+            storage_path=storage.path(schemas.SEARCHES_FOLDER),
+            storage_filesystem=storage.fs,
+            failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
 
 
 def quieten_tune() -> None:
