@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fashion.bench import programs, steps, trials
 from fashion.bench.measurement import Measurement
+from fashion.bench.scale import growth
 from fashion.config import ScaleConfig
 from fashion.storage import Storage
 
@@ -19,5 +20,6 @@ ROWS: dict[str, Callable[[Storage, ScaleConfig, int], list[Measurement]]] = {
     "i": trials.trial_vs_loop,
     "j": programs.time_to_accuracy,
     "k": programs.job_on_gpus,
+    "l": growth.search_vs_tune,
 }
 """Letter -> `measure(storage, scale, repeats)`, which times each side `repeats` times."""

@@ -1,0 +1,196 @@
+"""Measure how busy a search keeps a cluster of many places, some of which disappear once and come back.
+
+The cluster's nodes are Ray nodes on this machine with logical CPUs, and training is a sleep, so that only placement
+counts: what share of the time the places are used, and whether every trial ends. Prints a table.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+from ray.cluster_utils import Cluster
+
+from fashion import cli
+from fashion.bench.scale import growth, reporting
+from fashion.cluster import connection
+from fashion.config import require
+from fashion.distributed import worker
+from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.reports.schemas import SEARCHES_FOLDER
+from fashion.search.plan import NESTED_TRIAL_BYTES, TrialLimit
+from fashion.search.space import SearchConfig, SearchScale
+from fashion.search.trial import CHECKPOINTS, TRIAL, TuneReporter
+from fashion.search.trial_store import ENDED
+from fashion.storage import Storage, open_storage
+
+SEARCH_ID = "placed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags of `fashion.bench.scale.placement`."""
+
+    nodes: int = 8
+    """Nodes of the cluster."""
+    cpus: int = 8
+    """Logical CPUs of each node."""
+    workers: int = 1
+    """Workers of each trial, with one logical CPU each."""
+    trials: int = 192
+    """Trials of the search."""
+    epochs: int = 3
+    """Most epochs of a trial."""
+    epoch_s: float = 20.0
+    """Time that an epoch takes, in seconds: long against the start of a process on this machine."""
+    lose_after_s: float = 120.0
+    """After how many seconds a third of the nodes is removed; 0 for never."""
+    lost_for_s: float = 60.0
+    """After how many more seconds as many nodes are added."""
+
+
+@dataclass
+class Usage:
+    """When trials were in an epoch, and when the cluster lost nodes and had them again."""
+
+    epochs: list[tuple[float, float]] = field(default_factory=list)
+    last_start: float = 0.0
+    lost_at: float = 0.0
+    back_at: float = 0.0
+
+    def share(self, start: float, end: float, places: int) -> float:
+        """Return the share of the time from `start` to `end` in which `places` trials at a time were in an epoch."""
+        used = sum(max(0.0, min(end, last) - max(start, first)) for first, last in self.epochs)
+        return used / (places * (end - start)) if end > start else float("nan")
+
+
+class Watcher(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Notes each epoch of a trial, which has just ended when it is reported."""
+
+    def __init__(self, usage: Usage, epoch_s: float) -> None:
+        self._usage, self._epoch_s = usage, epoch_s
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note the latest start: from then on, places stay empty because no trial is left."""
+        self._usage.last_start = time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note an epoch. One that a restarted trial reports again took no time."""
+        if result["time_this_iter_s"] >= self._epoch_s / 2:
+            self._usage.epochs.append((time.monotonic() - self._epoch_s, time.monotonic()))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Start the cluster, run the search, remove and add nodes meanwhile; print what was used and how trials ended."""
+    flags = cli.parse(Flags, argv, prog="python -m fashion.bench.scale.placement", description=__doc__ or "")
+    require(flags.nodes >= 3, f"--nodes {flags.nodes} must be at least 3: a third of them is removed")
+    connection.provide_token()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=flags.cpus, wait=False) for _ in range(flags.nodes)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    connection.quieten()
+    cluster.wait_for_nodes()
+    usage = Usage()
+    with tempfile.TemporaryDirectory() as folder:
+        over = threading.Event()
+        changes = threading.Thread(target=change_nodes, args=(cluster, nodes, flags, usage, over))
+        changes.start()
+        try:
+            row = measure(open_storage(folder), flags, usage)
+        finally:
+            over.set()
+            changes.join()
+    reporting.print_table([row])
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def change_nodes(cluster: Cluster, nodes: list[Any], flags: Flags, usage: Usage, over: threading.Event) -> None:
+    """Remove a third of the nodes after a while, at once and without a warning, and add as many later."""
+    if not flags.lose_after_s or over.wait(flags.lose_after_s):
+        return
+    gone = nodes[: flags.nodes // 3]
+    usage.lost_at = time.monotonic()
+    for node in gone:
+        cluster.remove_node(node, allow_graceful=False)
+    if over.wait(flags.lost_for_s):
+        return
+    for _ in gone:
+        cluster.add_node(num_cpus=flags.cpus, wait=False)
+    usage.back_at = time.monotonic()
+
+
+def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
+    """Run the search; return the row of the table."""
+    config = SearchConfig(num_samples=flags.trials, max_epochs=flags.epochs, workers_per_trial=flags.workers)
+    limit = TrialLimit(config, SearchScale(), has_autoscaler=False)
+    reporter = reporting.Reporter(storage.uri, SEARCH_ID, flags.epochs, flags.epoch_s, saves=True)
+    trainable = reporting.trainable(reporter) if flags.workers == 1 else trainable_with_workers(reporter, flags)
+    with growth.unseen():
+        done = reporting.run_search(
+            storage, SEARCH_ID, config, trainable, limit, others=[Watcher(usage, flags.epoch_s)]
+        )
+    places = flags.nodes * flags.cpus // flags.workers
+    left = (flags.nodes - flags.nodes // 3) * flags.cpus // flags.workers
+    starts = sorted(first for first, _ in usage.epochs)
+    full = starts[min(places, len(starts)) - 1]
+    end = max(usage.last_start, full)
+    trials = list(done.store.trials.values())
+    return {
+        "places": places,
+        "workers per trial": flags.workers,
+        "trials": len(trials),
+        "ended": sum(trial.status in ENDED for trial in trials),
+        "of these error": sum(trial.status == "error" for trial in trials),
+        "s": done.seconds,
+        "s until all places were used": full - min(starts),
+        "share used before the loss": usage.share(full, usage.lost_at or end, places),
+        "share while nodes were lost": usage.share(usage.lost_at, min(usage.back_at or end, end), left),
+        "share after": usage.share(usage.back_at or end, end, places),
+    }
+
+
+# --- trials of several workers ------------------------------------------------------------------------------------------
+
+
+def trainable_with_workers(reporter: reporting.Reporter, flags: Flags) -> Any:
+    """Return what Tune runs for each trial of several workers, whose own process takes no CPU."""
+    trainable = ray.tune.with_parameters(train_with_workers, reporter=reporter, workers=flags.workers)
+    return ray.tune.with_resources(trainable, {"memory": NESTED_TRIAL_BYTES})
+
+
+def train_with_workers(point: dict[str, Any], *, reporter: reporting.Reporter, workers: int) -> None:
+    """Run a trial as `trial.train_with_workers` does, with workers that sleep."""
+    storage = open_storage(reporter.uri)
+    LeanTrainer(
+        sleep_and_report,
+        train_loop_config={"point": point, "reporter": reporter},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=storage.path(SEARCHES_FOLDER, SEARCH_ID, point[TRIAL]),
+            callbacks=[TuneReporter()],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    ).fit()
+
+
+def sleep_and_report(settings: dict[str, Any]) -> None:
+    """Sleep and report on each worker of a trial."""
+    reporter, point = settings["reporter"], settings["point"]
+    if ray.train.get_context().get_world_rank() == 0:
+        worker.publish_placement_group(f"{SEARCH_ID}/{point[TRIAL]}")
+    for epoch in range(1, reporter.max_epochs + 1):
+        time.sleep(reporter.epoch_s)
+        ray.train.report(reporting.metrics_of(point, epoch))
+
+
+if __name__ == "__main__":
+    cli.run(main)

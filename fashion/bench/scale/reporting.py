@@ -1,0 +1,199 @@
+"""Searches whose trials report figures and train nothing, on the project's own Tuner, scheduler and trial store."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import pandas as pd
+import ray
+import ray.tune
+from pyarrow import fs as pafs
+from ray.tune.logger.tensorboardx import TBXLoggerCallback
+
+from fashion.config import TrainConfig
+from fashion.reports import schemas
+from fashion.search import search
+from fashion.search.callbacks import SearchCallback
+from fashion.search.sampler import pending_points
+from fashion.search.space import SearchConfig
+from fashion.search.trial import CHECKPOINTS, TRIAL
+from fashion.search.trial_store import TrialStore
+from fashion.storage import Storage, open_storage
+from fashion.training.metrics import Metrics
+
+STATE = "state.json"
+"""File of a trial's checkpoint: the metrics of its epochs."""
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """What a trial does in place of training: each epoch takes `epoch_s` seconds, asleep."""
+
+    uri: str
+    search_id: str
+    max_epochs: int
+    epoch_s: float = 0.0
+    saves: bool = False
+    """Whether it writes a checkpoint before each report and goes on from one."""
+
+
+def report_epochs(point: dict[str, Any], *, reporter: Reporter) -> None:
+    """Run a trial: report the epochs of its checkpoint, if there is one, and then the others."""
+    storage = open_storage(reporter.uri) if reporter.saves else None
+    place = (schemas.SEARCHES_FOLDER, reporter.search_id, point[TRIAL], CHECKPOINTS, STATE)
+    history: list[Metrics] = []
+    if storage is not None and storage.exists(*place):
+        history = json.loads(storage.read_bytes(*place))
+    for metrics in history:
+        ray.tune.report(dict(metrics))
+    for epoch in range(len(history) + 1, reporter.max_epochs + 1):
+        time.sleep(reporter.epoch_s)
+        metrics = metrics_of(point, epoch)
+        history.append(metrics)
+        if storage is not None:
+            storage.write_bytes(json.dumps(history).encode(), *place)
+        ray.tune.report(dict(metrics))
+
+
+def trainable(reporter: Reporter, cpus: float = 1.0) -> Any:
+    """Return what Tune runs for each trial, in a process that takes `cpus` logical CPUs."""
+    return ray.tune.with_resources(ray.tune.with_parameters(report_epochs, reporter=reporter), {"CPU": cpus})
+
+
+def metrics_of(point: dict[str, Any], epoch: int) -> Metrics:
+    """Return the metrics of a trial's epoch: drawn, and the same whenever they are asked for."""
+    chance = Random(f"{sorted(point.items())}")
+    goal, noise = chance.uniform(0.5, 0.9), Random(f"{sorted(point.items())} {epoch}").gauss(0, 0.01)
+    accuracy = min(1.0, max(0.0, goal * (1 - 0.5**epoch) + noise))
+    metrics: Metrics = {"epoch": epoch, "lr": point.get("lr", 0.1), "world_size": 1, "device": "cpu"}
+    for split, rows in (("train", 55_000), ("val", 5_000)):
+        metrics |= {f"{split}_accuracy": accuracy, f"{split}_loss": 2.3 * (1 - accuracy), f"{split}_rows": rows}
+    return metrics | {"epoch_time_s": 1.0, "data_wait_s": 0.0, "val_time_s": 0.1, "val_wait_s": 0.0}
+
+
+def reported(point: dict[str, Any], epoch: int) -> Metrics:
+    """Return what the trial store keeps of `metrics_of(point, epoch)` in a trial's history."""
+    return {name: value for name, value in metrics_of(point, epoch).items() if name not in schemas.PROCESS_COLUMNS}
+
+
+class TimedCallback(SearchCallback):
+    """A `SearchCallback` that measures the time which it takes of Tune's event loop."""
+
+    def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
+        super().__init__(storage, search_id, store)
+        self.seconds: dict[str, list[float]] = {}
+
+    def _timed(self, name: str, arguments: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        getattr(super(), name)(**arguments)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    def on_trial_start(self, **arguments: Any) -> None:
+        """Time the start of a trial."""
+        self._timed("on_trial_start", arguments)
+
+    def on_trial_result(self, **arguments: Any) -> None:
+        """Time the report of an epoch."""
+        self._timed("on_trial_result", arguments)
+
+    def on_trial_complete(self, **arguments: Any) -> None:
+        """Time the end of a trial."""
+        self._timed("on_trial_complete", arguments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished search of reporting trials: its store, the time of `Tuner.fit` and of closing the store, in seconds,
+    and the seconds of each call of the callback.
+    """
+
+    store: TrialStore
+    seconds: float
+    callback: dict[str, list[float]]
+
+    def ms_per_call(self, name: str) -> float:
+        """Return the mean duration of the callback's calls of `name`, in milliseconds."""
+        calls = self.callback.get(name, [])
+        return 1000 * sum(calls) / len(calls) if calls else 0.0
+
+
+def trial_store(storage: Storage, search_id: str, config: SearchConfig) -> TrialStore:
+    """Return the trial store of a search of reporting trials."""
+    base = TrainConfig(epochs=config.max_epochs)
+    return TrialStore(storage, search_id, config, {"dataset": "none", "source_hash": "none"}, base.to_dict())
+
+
+def run_search(
+    storage: Storage,
+    search_id: str,
+    config: SearchConfig,
+    trainable: Any,
+    limit: Callable[[int], int],
+    *,
+    keeps: bool = True,
+    others: Sequence[ray.tune.Callback] = (),
+) -> Outcome:
+    """Run a search, or go on with one, as `search.search` does; without `keeps`, Tune runs alone and keeps nothing.
+
+    `others` are callbacks in addition to the search's own.
+    """
+    store = trial_store(storage, search_id, config)
+    if store.trials:
+        search.remove_checkpoints(storage, search_id, store)
+    points = pending_points(store)
+    if not keeps:
+        started = time.perf_counter()
+        search.build_tuner(storage, search_id, store, points, trainable, limit, []).fit()
+        return Outcome(store, time.perf_counter() - started, {})
+    callback = TimedCallback(storage, search_id, store)
+    callbacks: list[ray.tune.Callback] = [callback, *others]
+    if isinstance(storage.fs, pafs.LocalFileSystem):
+        callbacks.append(TBXLoggerCallback())
+    started = time.perf_counter()
+    with store:
+        if points:
+            search.build_tuner(storage, search_id, store, points, trainable, limit, callbacks).fit()
+    seconds = time.perf_counter() - started
+    search.remove_checkpoints(storage, search_id, store)
+    return Outcome(store, seconds, callback.seconds)
+
+
+@contextmanager
+def scratch(storage: Storage) -> Iterator[Storage]:
+    """Give a storage in a new folder of `storage`, which is gone afterwards; of an object store, in the same bucket."""
+    name = f"scale-{uuid.uuid4().hex[:8]}"
+    try:
+        yield Storage(storage.show(name), storage.fs, storage.path(name))
+    finally:
+        storage.delete_folder(name)
+
+
+def num_files(storage: Storage, folder: str) -> int:
+    """Return the number of files below a folder of the storage."""
+    selector = pafs.FileSelector(storage.path(folder), allow_not_found=True, recursive=True)
+    return sum(info.type == pafs.FileType.File for info in storage.fs.get_file_info(selector))
+
+
+def read_seconds(storage: Storage, table: str) -> float:
+    """Return the time of reading a whole table as pandas does, in seconds: one dataset, its files' footers, all rows."""
+    started = time.perf_counter()
+    pd.read_parquet(storage.path(schemas.REPORTS_FOLDER, table), filesystem=storage.fs)
+    return time.perf_counter() - started
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows with equal keys as a table for `docs/benchmarks.md`."""
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        print(
+            "| "
+            + " | ".join(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names)
+            + " |"
+        )
