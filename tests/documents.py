@@ -84,6 +84,10 @@ def inline_code(text: str) -> list[str]:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+SCALE = [f"fashion.bench.scale.{name}" for name in ("growth", "kills", "placement", "slow_store")]
+"""Modules that are commands as jobs are."""
+
+
 class Parsed(Exception):
     """A job has parsed its flags; nothing after that is wanted."""
 
@@ -107,7 +111,7 @@ def jobs_end_after_parsing() -> Iterator[None]:
 def check_job(module: str, *flags: str) -> str:
     """Return what is wrong with `python -m MODULE FLAGS`, an empty text if nothing is. Ray is not started."""
     name = module.removeprefix("jobs.")
-    if not module.startswith("jobs.") or name not in JOBS:
+    if module not in SCALE and (not module.startswith("jobs.") or name not in JOBS):
         return f"there is no module {module}"
     if name == "bench" and "--rows" in flags:
         letters = re.findall(r"\b([a-z]) \(", (ROOT / "jobs" / "bench.py").read_text())

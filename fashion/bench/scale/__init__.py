@@ -1,1 +1,1 @@
-"""A search at the scale of a cluster, measured with trials that train nothing: growth, kills, placement, a slow store."""
+"""A search at the scale of a cluster, with trials that train nothing: growth, kills, placement, a slow store."""

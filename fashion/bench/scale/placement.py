@@ -157,7 +157,7 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
     }
 
 
-# --- trials of several workers ------------------------------------------------------------------------------------------
+# --- trials of several workers ----------------------------------------------------------------------------------------
 
 
 def trainable_with_workers(reporter: reporting.Reporter, flags: Flags) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
 import ray
 import ray.tune
 from pyarrow import fs as pafs
@@ -81,29 +81,38 @@ def reported(point: dict[str, Any], epoch: int) -> Metrics:
     return {name: value for name, value in metrics_of(point, epoch).items() if name not in schemas.PROCESS_COLUMNS}
 
 
-class TimedCallback(SearchCallback):
-    """A `SearchCallback` that measures the time which it takes of Tune's event loop."""
+class TimedCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Calls a `SearchCallback`, and measures the time which that takes of Tune's event loop."""
 
-    def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
-        super().__init__(storage, search_id, store)
+    def __init__(self, callback: SearchCallback) -> None:
+        self._callback = callback
         self.seconds: dict[str, list[float]] = {}
+        """Name of a method -> the duration of each call, in seconds."""
 
-    def _timed(self, name: str, arguments: dict[str, Any]) -> None:
+    def _call(self, name: str, arguments: dict[str, Any]) -> None:
         started = time.perf_counter()
-        getattr(super(), name)(**arguments)
+        getattr(self._callback, name)(**arguments)
         self.seconds.setdefault(name, []).append(time.perf_counter() - started)
 
     def on_trial_start(self, **arguments: Any) -> None:
-        """Time the start of a trial."""
-        self._timed("on_trial_start", arguments)
+        """Pass on the start of a trial."""
+        self._call("on_trial_start", arguments)
 
     def on_trial_result(self, **arguments: Any) -> None:
-        """Time the report of an epoch."""
-        self._timed("on_trial_result", arguments)
+        """Pass on the report of an epoch."""
+        self._call("on_trial_result", arguments)
 
     def on_trial_complete(self, **arguments: Any) -> None:
-        """Time the end of a trial."""
-        self._timed("on_trial_complete", arguments)
+        """Pass on the end of a trial."""
+        self._call("on_trial_complete", arguments)
+
+    def on_trial_recover(self, **arguments: Any) -> None:
+        """Pass on the crash of a trial that is started again."""
+        self._call("on_trial_recover", arguments)
+
+    def on_trial_error(self, **arguments: Any) -> None:
+        """Pass on the crash of a trial that is not."""
+        self._call("on_trial_error", arguments)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def run_search(
         started = time.perf_counter()
         search.build_tuner(storage, search_id, store, points, trainable, limit, []).fit()
         return Outcome(store, time.perf_counter() - started, {})
-    callback = TimedCallback(storage, search_id, store)
+    callback = TimedCallback(SearchCallback(storage, search_id, store))
     callbacks: list[ray.tune.Callback] = [callback, *others]
     if isinstance(storage.fs, pafs.LocalFileSystem):
         callbacks.append(TBXLoggerCallback())
@@ -180,9 +189,9 @@ def num_files(storage: Storage, folder: str) -> int:
 
 
 def read_seconds(storage: Storage, table: str) -> float:
-    """Return the time of reading a whole table as pandas does, in seconds: one dataset, its files' footers, all rows."""
+    """Return the time in which pandas reads a whole table, in seconds."""
     started = time.perf_counter()
-    pd.read_parquet(storage.path(schemas.REPORTS_FOLDER, table), filesystem=storage.fs)
+    pq.read_table(storage.path(schemas.REPORTS_FOLDER, table), filesystem=storage.fs).to_pandas()
     return time.perf_counter() - started
 
 

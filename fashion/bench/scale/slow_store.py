@@ -106,7 +106,7 @@ def proxy(server: str, delay_s: float) -> Iterator[str]:
             self.wfile.write(content)
             upstream.close()
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing of each request."""
