@@ -69,6 +69,7 @@ LANES = {
     "tests/distributed/test_trainer.py": "distributed",
     "tests/data/test_loading.py": "distributed",
     "tests/search/test_search.py": "search",
+    "tests/bench/test_scale.py": "search",
     "tests/test_storage_s3.py": "s3",
     "test_a_run_shrinks_with_its_cluster_and_grows_again": "elastic",
     "test_ray_up_exec_and_down": "elastic",
@@ -81,7 +82,7 @@ LANES = {
     "tests/jobs/test_commands.py": "commands",
 }
 # They import Ray, which takes as long as many quick tests.
-IMPORT_RAY = {f"test_{name}.py" for name in ("export", "storage_access", "search", "study", "trainer")}
+IMPORT_RAY = {f"test_{name}.py" for name in ("export", "scale", "storage_access", "search", "study", "trainer")}
 
 
 def lane_of(nodeid: str) -> str:

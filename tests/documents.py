@@ -85,7 +85,7 @@ def inline_code(text: str) -> list[str]:
 
 
 SCALE = [f"fashion.bench.scale.{name}" for name in ("growth", "kills", "placement", "slow_store")]
-"""Modules that are commands as jobs are."""
+"""Modules that are commands too. They load Ray before they parse, so their flags are read from their source."""
 
 
 class Parsed(Exception):
@@ -111,7 +111,7 @@ def jobs_end_after_parsing() -> Iterator[None]:
 def check_job(module: str, *flags: str) -> str:
     """Return what is wrong with `python -m MODULE FLAGS`, an empty text if nothing is. Ray is not started."""
     name = module.removeprefix("jobs.")
-    if module not in SCALE and (not module.startswith("jobs.") or name not in JOBS):
+    if not module.startswith("jobs.") or name not in JOBS:
         return f"there is no module {module}"
     if name == "bench" and "--rows" in flags:
         letters = re.findall(r"\b([a-z]) \(", (ROOT / "jobs" / "bench.py").read_text())
@@ -173,8 +173,22 @@ def check_module(words: Sequence[str]) -> Iterator[str]:
             yield f"{module} does not know {rest[0]}"
         if rest[0] == "submit":
             yield from check_module(rest[1:])
+    elif module in SCALE:
+        known = flags_of_source(ROOT / f"{module.replace('.', '/')}.py")
+        yield from (f"{module} has no flag {word}" for word in rest if word.startswith("--") and word not in known)
     elif found := check_job(module, *rest):
         yield found
+
+
+@functools.cache
+def flags_of_source(path: Path) -> frozenset[str]:
+    """Return the flags of a module: the fields of its dataclass `Flags`."""
+    classes = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.ClassDef)]
+    (flags,) = (each for each in classes if each.name == "Flags")
+    names = [
+        each.target.id for each in flags.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    ]
+    return frozenset(f"--{name.replace('_', '-')}" for name in names)
 
 
 def check_pytest(words: Sequence[str]) -> Iterator[str]:

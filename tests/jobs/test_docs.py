@@ -119,6 +119,7 @@ WRONG = {
     "A table: | `make study PARTS=paddings` |": "--parts paddings does not exist",
     "```\nmake help && make bench ARGS='--rows a,z'\n```": "--rows z does not exist",
     "```\npython -m jobs.trian\n```": "no module jobs.trian",
+    "```\n.venv/bin/python -m fashion.bench.scale.growth --trails 9\n```": "has no flag --trails",
     "```\nLR=1 .venv/bin/python -m jobs.train --padding round\n```": "'round'",
     "```\nray job submit --working-dir . -- python -m jobs.train --gpu yes\n```": "--gpu",
     "```\nray start\n```": "ray start is not known",
