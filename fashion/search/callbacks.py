@@ -37,6 +37,10 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
         self._store = store
         self._failures: dict[str, tuple[str, str]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune pickles its callbacks into a file that is never read here, and a thread has no copy."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that starts, or starts again after a crash."""
         point = trial.config

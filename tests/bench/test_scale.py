@@ -118,14 +118,14 @@ def echo() -> Iterator[str]:
 
 
 def test_the_proxy_holds_back_the_answers_to_writes_alone(echo: str) -> None:
-    with slow_store.proxy(echo, 0.5) as address:
+    with slow_store.proxy(echo, 1.5) as address:
         for method, is_late in (("GET", False), ("PUT", True), ("HEAD", False), ("DELETE", True)):
             client = http.client.HTTPConnection(address)
             started = time.monotonic()
             client.request(method, "/a%20b?c=d", b"body" if method == "PUT" else None, {"X-Asked": "this"})
             answer = client.getresponse()
             content = answer.read().decode()
-            assert (time.monotonic() - started >= 0.5) is is_late or time.monotonic() - started > 5
+            assert (time.monotonic() - started >= 1.5) is is_late
             assert (answer.status, answer.getheader("X-Told")) == (200, "this")
             told = f"{method} /a%20b?c=d " + ("body" if method == "PUT" else "")
             assert content == ("" if method == "HEAD" else told)
