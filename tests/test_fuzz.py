@@ -387,10 +387,14 @@ def test_trials(storage: Storage) -> None:
     values = {"split": ["train", "test", None], "epoch": [0, 2, None], "loss": [None, math.nan], "epoch_time_s": [0.0]}
     known: dict[str, bytes] = {}  # epochs come again often, and most of the time would go into writing them as Parquet
 
-    def put_rows(table: str, content: bytes) -> None:
-        put(storage, content, "reports", table, "run_id=s-t0000", f"{table}.parquet")
+    def encode(table: str, rows: list[dict[str, Any]]) -> bytes:
+        named = [{"run_id": "s-t0000"} | row for row in rows]
+        return bytes(tables.to_parquet(tables.in_file_schema(table, named)))
 
-    put_rows("runs", bytes(tables.encode("runs", [RUN])))
+    def put_rows(table: str, content: bytes) -> None:
+        put(storage, content, "reports", table, "s.parquet")
+
+    put_rows("runs", encode("runs", [RUN]))
 
     def parse(rng: Random) -> None:
         epochs = [dict(row) for row in EPOCHS]
@@ -400,11 +404,10 @@ def test_trials(storage: Storage) -> None:
                 row[name] = rng.choice(values[name])
         trials = [TRIAL | {"settings_json": hostile_json(rng, {"lr": 0.1}).decode(errors="replace")}]
         if str(epochs) not in known:
-            known[str(epochs)] = bytes(tables.encode("epochs", epochs))
+            known[str(epochs)] = encode("epochs", epochs)
         put_rows("epochs", known[str(epochs)])
-        put_rows("trials", bytes(tables.encode("trials", trials if rng.random() < 0.9 else [])))
-        opened = trial_store.TrialStore(storage, "s", space, {}, TrainConfig().to_dict())
-        [trial] = opened.ranked()
+        put_rows("trials", encode("trials", trials))
+        [trial] = trial_store.TrialStore(storage, "s", space, {}, TrainConfig().to_dict()).ranked()
         assert isinstance(trial.settings, dict)
         # Two epochs, where the val row of the first has become the train row of a second.
         assert metrics.summarise(trial.history, 1)["epochs_done"] in (1, 2)
