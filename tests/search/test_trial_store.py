@@ -1,6 +1,5 @@
 """The trial store: events in any order of crashes, rows of two layouts, one call that reads them; no Ray needed."""
 
-import json
 import os
 import shutil
 import threading
@@ -411,4 +410,4 @@ def test_a_run_that_went_on_is_not_overwritten_by_its_old_file(old: Storage) -> 
     assert [row["status"] for row in reading.load_reports(old).runs] == ["diverged"]
     tables.open_reports(old)
     assert runs.load_run(old, "alone")["status"] == "diverged"
-    assert json.loads(json.dumps(old.list("reports", "epochs"))).count("run_id=alone") == 0
+    assert "run_id=alone" not in old.list("reports", "epochs")
