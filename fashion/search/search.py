@@ -26,6 +26,7 @@ from fashion.distributed import trainer
 from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
+from fashion.search.findings.table import write_findings
 from fashion.search.plan import SearchPlan, TrialLimit, make_search_plan
 from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
 from fashion.search.scheduler import replay_scheduler, trial_name
@@ -49,6 +50,8 @@ class SearchResult:
     trials: list[Trial]
     refit: trainer.TrainResult | None
     was_finished: bool
+    findings: list[dict[str, Any]]
+    """What the search found: its rows of the table `importance`."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the trials as plain values, best first."""
@@ -140,13 +143,14 @@ def search(
         write_settings(storage, search_id, config, base, identity)
         if points:
             run_trials(spec, store, points, rows)
-    trials = store.ranked()
+        trials = store.ranked()
+        findings = write_findings(storage, search_id, config, trials) if trials else []
     if not trials:
         raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
     if trials[0].score < 0:
         raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
     refitted = refit_winner(spec, trials[0]) if options.refit else None
-    return SearchResult(trials, refitted, was_finished=not points)
+    return SearchResult(trials, refitted, not points, findings)
 
 
 def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> TrainConfig:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from scipy import stats
@@ -61,14 +60,11 @@ def importances(settings: Sequence[Setting], best: int) -> dict[str, float]:
 
 
 def chance(setting: Setting, best: int) -> float:
-    """Return the probability that values as far apart come from one distribution: of the `best` trials and the others.
+    """Return the probability that chance spreads the `best` first trials so unevenly over the setting's levels.
 
-    Numbers: the two-sample Kolmogorov-Smirnov test. Choices: the chi-squared test of independence.
+    The chi-squared test of independence of being among the best and the level: the thirds of a number's values, or the
+    choices. Of few trials it is a rough figure.
     """
-    if not setting.is_choice:
-        places = setting.places()
-        return float(stats.ks_2samp(places[:best], places[best:]).pvalue)
-    counts: NDArray[np.int64] = np.zeros((2, len(setting.choices)), dtype=np.int64)
-    for rank, value in enumerate(setting.values):
-        counts[int(rank >= best), setting.choices.index(str(value))] += 1
+    levels, names = setting.levels()
+    counts = np.stack([np.bincount(part, minlength=len(names)) for part in (levels[:best], levels[best:])])
     return float(stats.chi2_contingency(counts).pvalue)

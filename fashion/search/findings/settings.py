@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,10 @@ class Setting:
         """The names that were tried, in alphabetical order."""
         return sorted({str(value) for value in self.values})
 
+    def of(self, rows: Sequence[int]) -> Self:
+        """Return the setting as some of the trials have it, in the same range."""
+        return replace(self, values=[self.values[row] for row in rows])
+
     def places(self) -> Places:
         """Return where each value lies between `low` (0) and `high` (1), (trials,) float64; numbers only.
 
@@ -53,11 +57,16 @@ class Setting:
         """Return the value that lies at `place`, 0 to 1, the inverse of `places`."""
         low, high = self._scale(self.low), self._scale(self.high)
         value = low + min(1.0, max(0.0, place)) * (high - low)
-        value = math.exp(value) if self.name in LOG_UNIFORM else value
+        value = math.exp(value) if self._is_log else value
         return min(self.high, max(self.low, value))  # no rounding beyond the range
 
+    @property
+    def _is_log(self) -> bool:
+        # `--first` may give a weight decay of 0.
+        return self.name in LOG_UNIFORM and self.low > 0
+
     def _scale(self, value: float) -> float:
-        return math.log(value) if self.name in LOG_UNIFORM else float(value)
+        return math.log(value) if self._is_log else float(value)
 
     def thirds(self) -> tuple[float, float] | None:
         """Return the two values that cut the trials into thirds; None for choices and where there are no thirds."""
@@ -69,15 +78,18 @@ class Setting:
     def levels(self) -> tuple[NDArray[np.int64], list[str]]:
         """Return the level of each trial, (trials,) int64 from 0, and the levels' names.
 
-        Numbers have three levels of as many trials each, the thirds of their values; choices have one for each name.
+        Numbers have three levels of as many trials each, the thirds of their values; choices, and numbers of which only
+        two were tried, have a level for each value.
         """
         if self.is_choice or len(set(self.values)) < 3:
             order: list[Any] = sorted(set(self.values))
+            number = {value: place for place, value in enumerate(order)}
             names = [str(value) if self.is_choice else f"{value:.3g}" for value in order]
-            return np.array([order.index(value) for value in self.values], dtype=np.int64), names
+            return np.array([number[value] for value in self.values], dtype=np.int64), names
         places = self.places()
-        borders = np.quantile(places, [1 / 3, 2 / 3])
-        return np.searchsorted(borders, places, side="left").astype(np.int64), list(LEVEL_NAMES)
+        thirds = np.searchsorted(np.quantile(places, [1 / 3, 2 / 3]), places, side="left")
+        there, levels = np.unique(thirds, return_inverse=True)  # where many values are equal, a third may be empty
+        return levels.astype(np.int64), [LEVEL_NAMES[number] for number in there]
 
 
 def settings_of(config: SearchConfig, drawn: Sequence[dict[str, Any]]) -> list[Setting]:

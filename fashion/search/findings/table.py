@@ -20,9 +20,7 @@ from fashion.storage import Storage
 Row = dict[str, Any]
 
 FINISHED = ("completed", "stopped")
-"""Statuses of trials whose figures are compared."""
-COMPARED = (*FINISHED, "diverged")
-"""Statuses of trials that are ranked: one that diverged is the poorest, which its settings made it."""
+"""Statuses of trials whose figures are compared. A trial that diverged is the poorest; one that crashed is left out."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ def write_findings(storage: Storage, search_id: str, config: SearchConfig, ranke
 
 def finding_rows(search_id: str, config: SearchConfig, ranked: Sequence[Trial]) -> list[Row]:
     """Return one row for each searched setting; what cannot be estimated is null, and `note` says why."""
-    names = config.searched()
-    trials = [trial for trial in ranked if trial.status in COMPARED and set(names) <= set(trial.settings)]
-    # `ranked` puts diverged trials and crashed ones last, in the order of their names.
-    trials.sort(key=lambda trial: trial.status == "diverged")
+    # A trial that the time budget ended before its first epoch has no result; diverged ones come last.
+    trials = [trial for trial in ranked if trial.status in FINISHED and figures_of(trial).accuracy]
+    finished = len(trials)
+    trials += [trial for trial in ranked if trial.status == "diverged"]
     figures = [figures_of(trial) for trial in trials]
     settings = settings_of(config, [trial.settings for trial in trials])
     counts = {
@@ -67,9 +65,8 @@ def finding_rows(search_id: str, config: SearchConfig, ranked: Sequence[Trial]) 
     }
     rows = [{"search_id": search_id, "setting": each.name, "method": METHOD} | counts for each in settings]
     varied = [each for each in settings if not each.is_constant]
-    finished = sum(trial.status in FINISHED for trial in trials)
     for row, each in zip(rows, settings, strict=True):
-        row |= values_of(each, trials)
+        row |= values_of(each, finished)
         row["note"] = "every trial has the same value" if each.is_constant and trials else None
     if finished < LEAST_TRIALS:
         return [
@@ -80,10 +77,10 @@ def finding_rows(search_id: str, config: SearchConfig, ranked: Sequence[Trial]) 
         return rows
     found: dict[str, Row] = {each.name: {} for each in settings}
     for part in (
-        importance_columns(varied, figures),
+        importance_columns(varied, trials),
         effect_columns(settings, trials, figures),
         overfit_columns(settings, trials, figures, config.max_epochs),
-        neighbourhood_columns(varied, trials, figures),
+        neighbourhood_columns(varied, figures),
     ):
         for name, columns in part.items():
             found[name] |= columns
@@ -102,21 +99,20 @@ def figures_of(trial: Trial) -> Figures:
     return Figures(accuracy, loss)
 
 
-def values_of(setting: Setting, trials: Sequence[Trial]) -> Row:
-    """Return the columns that say which values were tried: the winner's, and where the thirds are cut."""
-    if not trials or trials[0].status not in FINISHED:
+def values_of(setting: Setting, finished: int) -> Row:
+    """Return the columns that say which values the `finished` first trials have: the winner's, and the thirds."""
+    if not finished:
         return {}
-    first, second = setting.thirds() or (None, None)
+    first, second = setting.of(range(finished)).thirds() or (None, None)
     winner = setting.values[0]
     own = {"winner_choice": str(winner)} if setting.is_choice else {"winner": float(winner)}
     return own | {"first_third": first, "second_third": second}
 
 
-def importance_columns(varied: Sequence[Setting], figures: Sequence[Figures]) -> dict[str, Row]:
+def importance_columns(varied: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Row]:
     """Return the columns about importance, by setting; the trials are sorted, best first."""
-    best = num_best(len(figures))
-    scores = [each.reached(len(each.accuracy)) for each in figures]
-    if best >= len(scores) or scores[best - 1] <= scores[-1]:
+    best = num_best(len(trials))
+    if best >= len(trials) or trials[best - 1].score <= trials[-1].score:
         return {each.name: {"note": "no quarter of the trials is better than the rest"} for each in varied}
     found = importances(varied, best)
     columns: dict[str, Row] = {}
@@ -141,9 +137,12 @@ def effect_columns(settings: Sequence[Setting], trials: Sequence[Trial], figures
     rows = [number for number, trial in enumerate(trials) if trial.status in FINISHED and figures[number].accuracy]
     epoch = min(len(figures[number].accuracy) for number in rows)
     accuracies = np.array([figures[number].reached(epoch) for number in rows])
-    varied = varied_among(settings, rows)
+    varied = [each for each in (every.of(rows) for every in settings) if not each.is_constant]
+    effects = main_effects(varied, accuracies)
     columns: dict[str, Row] = {}
-    for name, effect in main_effects(varied, accuracies).items():
+    if not effects:
+        return {each.name: {"note": "too few trials to tell the settings' effects apart"} for each in varied}
+    for name, effect in effects.items():
         columns[name] = {"epoch": epoch, "effect_trials": len(rows)} | bounds("effect", effect)
         columns[name] |= {"effect_from": effect.start, "effect_to": effect.end}
         if len(effect.means) == 3 and name in {each.name for each in varied if not each.is_choice}:
@@ -160,17 +159,11 @@ def overfit_columns(
     if len(rows) < LEAST_TRIALS:
         return {}
     rises = np.array([figures[number].loss_rise for number in rows])
-    varied = [each for each in varied_among(settings, rows) if not each.is_choice]
+    varied = [each for each in (every.of(rows) for every in settings) if not each.is_constant]
     return {
         name: {"overfit_trials": len(rows)} | bounds("overfit_effect", effect)
-        for name, effect in (main_effects(varied, rises) if varied else {}).items()
+        for name, effect in main_effects(varied, rises).items()
     }
-
-
-def varied_among(settings: Sequence[Setting], rows: Sequence[int]) -> list[Setting]:
-    """Return the settings of some trials only, without those that are the same in all of them."""
-    chosen = [Setting(each.name, [each.values[row] for row in rows], each.low, each.high) for each in settings]
-    return [each for each in chosen if not each.is_constant]
 
 
 def bounds(name: str, effect: Effect) -> Row:
@@ -178,9 +171,7 @@ def bounds(name: str, effect: Effect) -> Row:
     return {name: effect.mean, f"{name}_low": effect.low, f"{name}_high": effect.high}
 
 
-def neighbourhood_columns(
-    varied: Sequence[Setting], trials: Sequence[Trial], figures: Sequence[Figures]
-) -> dict[str, Row]:
+def neighbourhood_columns(varied: Sequence[Setting], figures: Sequence[Figures]) -> dict[str, Row]:
     """Return the columns about the winner's neighbourhood, by setting."""
     found = neighbourhood(varied, drops_of(figures))
     columns: dict[str, Row] = {}
