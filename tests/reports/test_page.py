@@ -24,7 +24,8 @@ from fashion.data import preparation, sources, synthetic
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.reports import classification, tables
-from fashion.reports.page import build, matplotlib_png, predictions, reading, runs, searches, studies
+from fashion.reports.page import build, predictions, reading, runs, searches, studies
+from fashion.reports.page.drawing import matplotlib_png
 from fashion.storage import Storage, open_storage
 from jobs.report import main
 

@@ -56,7 +56,7 @@ def lr_alone(settings: dict[str, Any]) -> float:
 def test_the_planted_setting_is_first_and_one_without_influence_near_0() -> None:
     config = SearchConfig(num_samples=80, max_epochs=2)
     rows = finding_rows("s", config, search_of(config, lr_alone))
-    assert [row["setting"] for row in rows][0] == "lr"
+    assert rows[0]["setting"] == "lr"
     found = by_setting(rows)
     assert sum(row["importance"] for row in rows) == pytest.approx(1)
     assert found["lr"]["importance"] > 0.8 and found["lr"]["p"] < 1e-6
@@ -165,7 +165,7 @@ def test_dropout_that_keeps_val_loss_from_rising_is_seen() -> None:
 
 
 def test_a_slope_is_found_where_it_was_planted() -> None:
-    """Along dropout_fc the accuracy falls by 0.2 over the whole range, so by 0.02 a tenth; along the others it is flat."""
+    """Along dropout_fc the accuracy falls by 0.2 over the range, so by 0.02 a tenth; along the other it is flat."""
     generator = np.random.default_rng(1)
     fc, conv = generator.uniform(0, 0.7, 40), generator.uniform(0, 0.5, 40)
     fc[0], conv[0] = 0.35, 0.25

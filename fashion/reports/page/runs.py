@@ -104,7 +104,12 @@ def settings_table(runs: Sequence[Row]) -> list[Block]:
 
 def curves_section(reports: Reports) -> Section:
     """Draw the learning curves of the best runs."""
-    drawn = [row for row in reports.runs if reports.epochs.get(row["run_id"])]
+    last = {
+        row["run_id"]: max((each["epoch"] for each in reports.epochs.get(row["run_id"], [])), default=0)
+        for row in reports.runs
+    }
+    drawn = [row for row in reports.runs if last[row["run_id"]] > 1]
+    short = [run_title(row) for row in reports.runs if last[row["run_id"]] == 1]
     blocks: list[Block] = [
         "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val is "
         "measured after the epoch. The published test loss rises after epoch 10."
@@ -113,6 +118,8 @@ def curves_section(reports: Reports) -> Section:
         blocks.append(f"The {MAX_CURVES} best of {len(drawn)} runs; choose others with --run-id.")
     for number, row in enumerate(drawn[:MAX_CURVES], start=1):
         blocks.append(learning_curves(number, run_title(row), reports.epochs[row["run_id"]]))
+    if short:
+        blocks.append(f"One epoch makes no curve; its figures are in the table above: {', '.join(short)}.")
     return Section("curves", "Learning curves", blocks)
 
 
@@ -145,11 +152,15 @@ def learning_curves(number: int, run_id: str, epochs: Sequence[Row]) -> Figure:
 
 def turning_epoch(epochs: Sequence[Row]) -> int | None:
     """Return the epoch with the lowest val loss, after which the network overfits; None if it is the last epoch."""
-    losses = {row["epoch"]: row["loss"] for row in epochs if row["split"] == "val" and is_finite(row["loss"])}
-    if not losses:
-        return None
-    lowest = min(losses, key=lambda epoch: (losses[epoch], epoch))
-    return int(lowest) if lowest < max(losses) else None
+    losses = val_losses(epochs)
+    lowest = min(losses, key=lambda epoch: (losses[epoch], epoch), default=None)
+    return lowest if lowest is not None and lowest < max(losses) else None
+
+
+def val_losses(epochs: Sequence[Row]) -> dict[int, float]:
+    """Return the val loss of each epoch, in order; without values that are not finite."""
+    rows = [row for row in epochs if row["split"] == "val" and is_finite(row["loss"])]
+    return {int(row["epoch"]): float(row["loss"]) for row in sorted(rows, key=lambda row: int(row["epoch"]))}
 
 
 def turning_lines(turn: int | None, last: int, heights: tuple[float, float]) -> list[VerticalLine]:

@@ -54,11 +54,12 @@ class Setting:
         return np.array([(self._scale(value) - low) / ((high - low) or 1.0) for value in self.values])
 
     def value_at(self, place: float) -> float:
-        """Return the value that lies at `place`, 0 to 1, the inverse of `places`."""
+        """Return the value that lies at `place`, the inverse of `places`; an end of the range beyond 0 and 1."""
+        if not 0 < place < 1:
+            return self.low if place <= 0 else self.high
         low, high = self._scale(self.low), self._scale(self.high)
-        value = low + min(1.0, max(0.0, place)) * (high - low)
-        value = math.exp(value) if self._is_log else value
-        return min(self.high, max(self.low, value))  # no rounding beyond the range
+        value = low + place * (high - low)
+        return math.exp(value) if self._is_log else value
 
     @property
     def _is_log(self) -> bool:
