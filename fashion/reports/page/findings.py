@@ -61,8 +61,8 @@ def findings_text(rows: Sequence[Row]) -> str:
     compared = next((row for row in rows if is_finite(row["effect"])), None)
     if compared is not None:
         text += (
-            " Effects, from the lowest to the highest third of a setting's values with 95 % intervals, are differences of "
-            f"val accuracy by epoch {compared['epoch']}, the last that all {compared['effect_trials']} trials "
+            " Effects, from the lowest to the highest third of a setting's values with 95 % intervals, are differences "
+            f"of val accuracy by epoch {compared['epoch']}, the last that all {compared['effect_trials']} trials "
             "reached; an early epoch favours trials that learn fast."
         )
     near = next((row for row in rows if is_finite(row["near_drop"])), None)
