@@ -7,7 +7,7 @@ trials; to go on, a fresh scheduler is shown every result again, and unfinished 
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,12 +145,17 @@ def search(
             run_trials(spec, store, points, rows)
         trials = store.ranked()
         findings = write_findings(storage, search_id, config, trials) if trials else []
-    if not trials:
-        raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
-    if trials[0].score < 0:
-        raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
+    check_any_result(search_id, trials, scale)
     refitted = refit_winner(spec, trials[0]) if options.refit else None
     return SearchResult(trials, refitted, not points, findings)
+
+
+def check_any_result(search_id: str, ranked: Sequence[Trial], scale: SearchScale) -> None:
+    """Raise `SearchFailed` if no trial has a result; `ranked` are the trials that were started, best first."""
+    if not ranked:
+        raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
+    if ranked[0].score < 0:
+        raise SearchFailed(f"search {search_id}: no trial has a result; {ranked[0].trial_id} said: {ranked[0].error}")
 
 
 def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> TrainConfig:

@@ -29,7 +29,7 @@ from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.reports import classification, tables
 from fashion.reports.page import build, findings, predictions, reading, runs, searches, studies
-from fashion.reports.page.content import Figure, Panel, Table
+from fashion.reports.page.content import Details, Figure, Panel, Table
 from fashion.reports.page.drawing import matplotlib_png, plotly_json
 from fashion.storage import Storage, open_storage
 from jobs.report import main
@@ -391,6 +391,20 @@ def test_a_loss_axis_leaves_out_far_off_points() -> None:
     assert findings.loss_limits([0.3, 0.4, 0.5, 0.6]) is None
     limits = findings.loss_limits([0.3, 0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37, 0.38, 9.0])
     assert limits is not None and limits[0] < 0.3 and 0.5 < limits[1] < 0.7
+
+
+def test_settings_in_which_runs_differ_stand_apart_from_the_others() -> None:
+    configs = [{"lr": 0.1, "padding": "zeros", "tta": "none"}, {"lr": 0.2, "padding": "zeros", "tta": "flip"}, {}]
+    rows = [{"run_id": f"r{n}", "config_json": json.dumps(config)} for n, config in enumerate(configs)]
+    differing, common = runs.settings_table(rows[:2])
+    assert isinstance(differing, Details) and isinstance(common, Details)
+    assert [row.cells for row in differing.table.rows] == [["r0", "0.1", "none"], ["r1", "0.2", "flip"]]
+    assert [row.cells for row in common.table.rows] == [["padding", "zeros"]]
+    (alone,) = runs.settings_table(rows[:1])
+    assert isinstance(alone, Details) and alone.title == "Settings of the run" and len(alone.table.rows) == 3
+    (all_differ,) = runs.settings_table(rows)
+    assert isinstance(all_differ, Details) and list(all_differ.table.rows)[2].cells == ["r2", "-", "-", "-"]
+    assert runs.settings_table(rows[2:]) == []
 
 
 def test_one_epoch_is_no_curve(storage: Storage) -> None:

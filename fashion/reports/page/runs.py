@@ -92,14 +92,23 @@ def status_cell(row: Row) -> Cell:
 
 
 def settings_table(runs: Sequence[Row]) -> list[Block]:
-    """List the settings of each run in a table that opens on a click; an empty list if no run has any."""
-    parsed = [(row, read_config(row["config_json"])) for row in runs]
-    names = sorted({name for _, config in parsed for name in config})
-    if not names:
-        return []
-    columns = [Column("setting", number=False), *(Column(row["run_id"]) for row, _ in parsed)]
-    rows = [TableRow([name, *(format_value(config.get(name)) for _, config in parsed)]) for name in names]
-    return [Details("Settings of each run", Table(columns, rows))]
+    """List in tables that open on a click the settings in which runs differ, a row for each run, and the others."""
+    configs = [{name: format_value(value) for name, value in read_config(row["config_json"]).items()} for row in runs]
+    names = sorted({name for config in configs for name in config})
+    differing = [name for name in names if len({config.get(name) for config in configs}) > 1]
+    blocks: list[Block] = []
+    if differing:
+        columns = [Column("run", number=False), *(Column(name) for name in differing)]
+        rows = [
+            TableRow([str(row["run_id"]), *(config.get(name, "-") for name in differing)])
+            for row, config in zip(runs, configs, strict=True)
+        ]
+        blocks.append(Details("Settings in which runs differ", Table(columns, rows)))
+    common = [TableRow([name, configs[0][name]]) for name in names if name not in differing]
+    if common:
+        title = "Settings that all runs share" if len(runs) > 1 else "Settings of the run"
+        blocks.append(Details(title, Table([Column("setting", number=False), Column("value", number=False)], common)))
+    return blocks
 
 
 def curves_section(reports: Reports) -> Section:
