@@ -335,7 +335,7 @@ def test_what_mattered_is_a_table_and_a_figure(full: Storage) -> None:
     assert first.cells[6:] == ["-0.100 [-0.150, -0.050]", "0.0005 to 0.002", "0.42", ""]
     assert second.cells[4:9] == ["", "+0.10 [-1.00, +2.00]", "", "", "-"]
     assert third.cells == [NASTY, "-", "-", "-", "", "", "", "", "-", "every trial has the same value"]
-    assert [row.css_class for row in table.rows] == ["", "reference", "reference"], "what chance may explain is shaded"
+    assert [row.css_class for row in table.rows] == ["", "chance", "chance"], "what chance may explain is grey"
     assert isinstance(figure, Figure)
     assert [panel.title for panel in figure.panels] == [
         "Importance",

@@ -144,7 +144,7 @@ class TableRow:
 
     cells: Sequence[str | Cell]
     css_class: str = ""
-    """'reference' (shaded), 'best' (bold) or ''."""
+    """'reference' (shaded, stays at the top), 'best' (bold), 'chance' (grey) or ''."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def finding_row(row: Row) -> TableRow:
             format_value(row["fall_per_tenth"] and 100 * row["fall_per_tenth"], "{:.2f}".format),
             row["note"] or "",
         ],
-        "" if is_finite(row["p"]) and row["p"] <= CHANCE else "reference",
+        "" if is_finite(row["p"]) and row["p"] <= CHANCE else "chance",
     )
 
 

@@ -11,8 +11,8 @@ for (const table of document.querySelectorAll(".table-scroll > table")) {
   const number = (value) => parseFloat(value.replaceAll(",", ""));
   const compare = (a, b, column) => {
     const [x, y] = [text(a, column), text(b, column)];
-    if (!headers[column].classList.contains("n")) return x.localeCompare(y, "en", { numeric: true });
-    return number(x) - number(y);
+    const difference = headers[column].classList.contains("n") ? number(x) - number(y) : NaN;
+    return isNaN(difference) ? x.localeCompare(y, "en", { numeric: true }) : difference;
   };
   const show = () => {
     let matching = 0;
@@ -39,7 +39,7 @@ for (const table of document.querySelectorAll(".table-scroll > table")) {
       let rows = original.slice(pinned);
       if (order) {
         header.setAttribute("aria-sort", order);
-        const empty = (row) => header.classList.contains("n") ? isNaN(number(text(row, column))) : !text(row, column);
+        const empty = (row) => ["", "-"].includes(text(row, column));
         const known = rows.filter((row) => !empty(row)).sort((a, b) => compare(a, b, column));
         rows = [...(order === "descending" ? known.reverse() : known), ...rows.filter(empty)];
       }
