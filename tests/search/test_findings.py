@@ -268,6 +268,21 @@ def test_strange_settings_of_trials_that_crashed_are_left_alone() -> None:
     assert by_setting(finding_rows("s", config, ranked(trials)))["lr"]["trials"] == 20
 
 
+def test_a_trial_that_the_time_budget_cut_does_not_set_the_epoch_of_the_effects() -> None:
+    config = SearchConfig(num_samples=20, max_epochs=2)
+    trials = search_of(config, lr_alone)
+    whole = by_setting(finding_rows("s", config, trials))
+    last = trials[-1]
+    trials[-1] = Trial(last.trial_id, last.settings, "stopped", "the time budget was spent", history=last.history[:1])
+    found = by_setting(finding_rows("s", config, ranked(trials)))
+    assert (found["lr"]["trials"], found["lr"]["effect_trials"], found["lr"]["epoch"]) == (20, 19, 2)
+    assert found["lr"]["importance"] == whole["lr"]["importance"]
+    for trial in trials:
+        trial.status, trial.error = "stopped", "the time budget was spent"
+    rows = finding_rows("s", config, trials)
+    assert {row["note"] for row in rows} == {"too few trials to tell the settings' effects apart"}
+
+
 def test_trials_that_diverged_are_the_poorest() -> None:
     """High learning rates diverge, with some epochs of good figures before; all that trained are alike."""
     config = SearchConfig(num_samples=40, max_epochs=2)

@@ -132,16 +132,18 @@ def effect_columns(settings: Sequence[Setting], trials: Sequence[Trial], figures
     """Return the columns about the effect on accuracy, by setting.
 
     All trials are compared after the same training: by the best accuracy up to the last epoch that each of them
-    reached. In a search with early stopping that is an early epoch.
+    reached. In a search with early stopping that is an early epoch. Trials that the time budget cut off, which have an
+    `error`, are left out, so that one of them does not set the epoch.
     """
-    rows = [number for number, trial in enumerate(trials) if trial.status in FINISHED and figures[number].accuracy]
-    epoch = min(len(figures[number].accuracy) for number in rows)
+    rows = [number for number, trial in enumerate(trials) if trial.status in FINISHED and trial.error is None]
+    epoch = min((len(figures[number].accuracy) for number in rows), default=0)
     accuracies = np.array([figures[number].reached(epoch) for number in rows])
     varied = [each for each in (every.of(rows) for every in settings) if not each.is_constant]
-    effects = main_effects(varied, accuracies)
+    effects = main_effects(varied, accuracies) if rows else {}
     columns: dict[str, Row] = {}
     if not effects:
-        return {each.name: {"note": "too few trials to tell the settings' effects apart"} for each in varied}
+        told = {"note": "too few trials to tell the settings' effects apart"}
+        return {each.name: told for each in settings if not each.is_constant}
     for name, effect in effects.items():
         columns[name] = {"epoch": epoch, "effect_trials": len(rows)} | bounds("effect", effect)
         columns[name] |= {"effect_from": effect.start, "effect_to": effect.end}
