@@ -767,6 +767,7 @@ def test_a_click_sorts_a_table_and_words_filter_it(storage: Storage, tmp_path: P
         status, preset = ("failed" if number in (3, 5) else "completed"), ("best", "seed")[number % 2]
         accuracy = None if number == 7 else 0.9 + number / 1000
         write_run(storage, f"run-{number}", 1, 1, val_accuracy=accuracy, status=status, error=preset)
+    tables.write_table(storage, "epochs", "run-7", [])  # from which its accuracy would be taken
     write_search(storage, 20)
     html = build.make_page(storage, reading.load_reports(storage), with_pngs=False).html
     html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", html).replace("</body>", f"{DRIVER}</body>")
