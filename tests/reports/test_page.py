@@ -326,7 +326,7 @@ def test_a_search_without_any_result_still_has_a_section(storage: Storage) -> No
 
 def test_what_mattered_is_a_table_and_a_figure(full: Storage) -> None:
     (search,) = reading.load_reports(full).searches
-    text, table, figure = findings.findings_blocks(1, search)
+    figure, text, table = findings.findings_blocks(1, search)
     assert isinstance(text, str) and "best 4 of 12 trials apart" in text and "the 9 that were stopped early" in text
     assert "by epoch 1, the last that all 10 trials reached" in text and "lose 1.23 points" in text
     assert isinstance(table, Table)
@@ -346,6 +346,7 @@ def test_what_mattered_is_a_table_and_a_figure(full: Storage) -> None:
     interval, points = figure.panels[1].series
     assert points.x == pytest.approx([-1.23, 0.1])
     assert interval.x[:2] == pytest.approx([-2, -0.4])
+    assert figure.panels[1].x_range == pytest.approx((-2.24, 2.24)), "no interval ends at the frame"
 
 
 def test_a_search_without_findings_says_why_or_nothing(full: Storage) -> None:
@@ -412,6 +413,7 @@ def test_one_epoch_is_no_curve(storage: Storage) -> None:
     reader = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html)
     assert "One epoch makes no curve; its figures are in the table above: once." in reader.text
     assert reader.all("figure") == []
+    assert "Train loss and accuracy are averages" not in reader.text
     write_run(storage, "twice", 2, 2)
     reader = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html)
     assert [values["id"] for values in reader.all("figure")] == ["curves-1"]

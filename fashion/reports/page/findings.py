@@ -45,7 +45,7 @@ def findings_blocks(number: int, search: Search) -> list[Block]:
     if not rows:
         return []
     figure = importance_figure(number, rows)
-    return [findings_text(rows), findings_table(rows), *([figure] if figure else [])]
+    return [*([figure] if figure else []), findings_text(rows), findings_table(rows)]
 
 
 def findings_text(rows: Sequence[Row]) -> str:
@@ -130,19 +130,20 @@ def importance_figure(number: int, rows: Sequence[Row]) -> Figure | None:
         text = f"{row['setting']}: {row['importance']:.2f}, p {row['p']:.2g}"
         return [(x, place[row["setting"]], text) for x in (0.0, row["importance"])]
 
-    def panel(title: str, x_title: str, series: Sequence[Series], *, zero: bool) -> Panel:
+    def panel(title: str, x_title: str, series: Sequence[Series], x_range: tuple[float, float]) -> Panel:
         return Panel(
             title=title,
             x_title=x_title,
             series=series,
-            vertical_lines=[VerticalLine(0, "", GREY, "dot")] if zero else [],
+            vertical_lines=[VerticalLine(0, "", GREY, "dot")],
+            x_range=x_range,
             y_ticks={y: str(name) for name, y in place.items()},
             y_range=(0.4, len(known) + 0.6),
             height=max(240, 130 + 34 * len(known)),
         )
 
     bars = join_lines("importance", bar_style(IMPORTANCE), map(bar, known), points=False)
-    panels = [panel("Importance", "share", [bars], zero=False)]
+    panels = [panel("Importance", "share", [bars], (0.0, 1.0))]
     for title, unit, name, factor, style in (
         ("Effect on val accuracy", "percentage points", "effect", 100.0, EFFECT),
         ("Effect on the rise of val loss", "nats per image", "overfit_effect", 1.0, RISE),
@@ -150,13 +151,20 @@ def importance_figure(number: int, rows: Sequence[Row]) -> Figure | None:
         shown = [row for row in known if with_interval(row, name, factor)]
         if shown:
             series = effect_series(shown, name, factor, style, lambda row: place[row["setting"]])
-            panels.append(panel(title, unit, series, zero=True))
+            panels.append(panel(title, unit, series, range_of(series)))
     caption = (
         "A line is a 95 % interval, the point the difference from the lowest to the highest third of the setting's "
         "values, or from the worst to the best choice, with the other settings held at their average. The rise of val "
         "loss is that from its lowest to the last epoch, over the trials that ran every epoch."
     )
     return Figure(name=f"search-{number}-importance", title="What mattered", caption=caption, panels=panels)
+
+
+def range_of(series: Sequence[Series]) -> tuple[float, float]:
+    """Return the range of an axis that shows all x values of some series, and 0, with a margin."""
+    values = [0.0, *(x for one in series for x in one.x if x is not None)]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
 
 
 def effect_series(

@@ -119,10 +119,12 @@ def curves_section(reports: Reports) -> Section:
     }
     drawn = [row for row in reports.runs if last[row["run_id"]] > 1]
     short = [run_title(row) for row in reports.runs if last[row["run_id"]] == 1]
-    blocks: list[Block] = [
-        "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val is "
-        "measured after the epoch. The published test loss rises after epoch 10."
-    ]
+    blocks: list[Block] = []
+    if drawn:
+        blocks.append(
+            "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val is "
+            "measured after the epoch. The published test loss rises after epoch 10."
+        )
     if len(drawn) > MAX_CURVES:
         blocks.append(f"The {MAX_CURVES} best of {len(drawn)} runs; choose others with --run-id.")
     for number, row in enumerate(drawn[:MAX_CURVES], start=1):
