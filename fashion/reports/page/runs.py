@@ -122,8 +122,8 @@ def curves_section(reports: Reports) -> Section:
     blocks: list[Block] = []
     if drawn:
         blocks.append(
-            "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val is "
-            "measured after the epoch. The published test loss rises after epoch 10."
+            "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val "
+            "is measured after the epoch. The published test loss rises after epoch 10."
         )
     if len(drawn) > MAX_CURVES:
         blocks.append(f"The {MAX_CURVES} best of {len(drawn)} runs; choose others with --run-id.")
