@@ -47,7 +47,7 @@ def main_effects(settings: Sequence[Setting], figure: NDArray[np.float64]) -> di
     freedom = len(figure) - design.shape[1]
     if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
         return {}
-    weights, *_ = np.linalg.lstsq(design, figure, rcond=None)
+    weights: NDArray[np.float64] = np.linalg.lstsq(design, figure, rcond=None)[0]
     residuals = figure - design @ weights
     covariance = np.linalg.inv(design.T @ design) * float(residuals @ residuals) / freedom
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))

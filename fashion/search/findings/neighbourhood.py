@@ -66,7 +66,8 @@ def distance_along(setting: Setting) -> NDArray[np.float64]:
     if setting.is_choice:
         return np.array([float(value != setting.values[0]) for value in setting.values])
     places = setting.places()
-    return np.abs(places - places[0])
+    distance: NDArray[np.float64] = np.abs(places - places[0])
+    return distance
 
 
 def slope_along(setting: Setting, slope: float, reach: float) -> Slope:

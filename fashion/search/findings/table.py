@@ -63,7 +63,7 @@ def finding_rows(search_id: str, config: SearchConfig, ranked: Sequence[Trial]) 
         "stopped_trials": sum(trial.status == "stopped" for trial in trials),
         "diverged_trials": sum(trial.status == "diverged" for trial in trials),
     }
-    rows = [{"search_id": search_id, "setting": each.name, "method": METHOD} | counts for each in settings]
+    rows: list[Row] = [{"search_id": search_id, "setting": each.name, "method": METHOD} | counts for each in settings]
     varied = [each for each in settings if not each.is_constant]
     for row, each in zip(rows, settings, strict=True):
         row |= values_of(each, finished)
