@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
     if found.was_finished:
         print(f"search {search_id} is finished already; nothing to do")
     console.print_trials(search_id, flags.space.searched(), found.rows(), flags.space.max_epochs)
+    console.print_findings(found.findings)
     if found.refit is not None:
         refit = found.refit
         console.print_result(refit.run_id, refit.row, refit.paths, was_finished=refit.was_finished)

@@ -23,8 +23,8 @@ PACKAGES: dict[str, set[str]] = {
     "cluster": {"ray", "pandas"},
     "inference": set(),
     "distributed": set(),
-    "search": set(),
-    "ablation": {"scipy"},
+    "search": {"scipy"},
+    "ablation": set(),
     "bench": set(),
 }
 HEAVY = ("pyarrow", "plotly", "matplotlib", "torch", "ray", "torchvision", "pandas", "scipy")

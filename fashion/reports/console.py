@@ -10,6 +10,8 @@ from rich.table import Table
 Row = dict[str, Any]
 
 TRIALS_SHOWN = 8
+CHANCE = 0.05
+"""p above which chance alone explains a setting's importance."""
 
 # The article's results for the same network.
 PUBLISHED = {
@@ -77,6 +79,80 @@ def shorten(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def print_findings(rows: Sequence[Row]) -> None:
+    """Print what a search found in three lines, from its rows of `importance`: importance, effects, neighbourhood.
+
+    Where something is not known the line says why. Prints nothing for a search without trials.
+    """
+    if not rows:
+        return
+    why = next((row["note"] for row in rows if row.get("note")), "the trials do not tell")
+    parts = {
+        "importance": (importance_texts, importance_basis),
+        "effect": (effect_texts, effect_basis),
+        "winner": (flat_texts, flat_basis),
+    }
+    for name, (texts_of, basis_of) in parts.items():
+        texts = texts_of(rows)
+        print(f"{name:11}" + (", ".join(texts) + basis_of(rows) if texts else f"not estimated: {why}"))
+
+
+def importance_texts(rows: Sequence[Row]) -> list[str]:
+    """Return each setting's share; those that chance alone would explain come last, with a remark."""
+    known = [row for row in rows if row.get("importance") is not None]
+    texts = [
+        [f"{row['setting']} {row['importance']:.2f}" for row in known if (row["p"] > CHANCE) is by_chance]
+        for by_chance in (False, True)
+    ]
+    return [*texts[0], *([f"no more than chance {', '.join(texts[1])}"] if texts[1] else [])]
+
+
+def importance_basis(rows: Sequence[Row]) -> str:
+    """Return what the importance says, and of how many trials."""
+    row = next(row for row in rows if row.get("importance") is not None)
+    early = f"; {row['stopped_trials']} were stopped early" if row["stopped_trials"] else ""
+    early += f", {row['diverged_trials']} diverged" if row["diverged_trials"] else ""
+    return f": share of what sets the best {row['best_trials']} of {row['trials']} trials apart{early}"
+
+
+def effect_texts(rows: Sequence[Row]) -> list[str]:
+    """Return each setting's effect with its interval, in percentage points."""
+    return [
+        f"{row['setting']} {points(row, '')}"
+        + (f" ({row['effect_from']} to {row['effect_to']})" if is_choice(row) else "")
+        for row in rows
+        if row.get("effect") is not None
+    ]
+
+
+def effect_basis(rows: Sequence[Row]) -> str:
+    """Return what the effects are differences of."""
+    row = next(row for row in rows if row.get("effect") is not None)
+    until = f"by epoch {row['epoch']}, which all {row['effect_trials']} trials reached"
+    return f": points of val accuracy {until}, from the lowest to the highest third of values [95 % interval]"
+
+
+def flat_texts(rows: Sequence[Row]) -> list[str]:
+    """Return the values around the winner's that cost less than a point."""
+    return [
+        f"{row['setting']} {shorten(row['flat_low'])} to {shorten(row['flat_high'])}"
+        for row in rows
+        if row.get("flat_low") is not None
+    ]
+
+
+def flat_basis(rows: Sequence[Row]) -> str:
+    """Return what the ranges mean, and what the nearest trials lose."""
+    row = next(row for row in rows if row.get("flat_low") is not None)
+    lost = f"its {row['near_trials']} nearest trials lose {100 * row['near_drop']:.2f} points (median)"
+    return f" cost less than a point of val accuracy each; {lost}"
+
+
+def is_choice(row: Row) -> bool:
+    """Return whether a row of `importance` is of a setting with names in place of numbers."""
+    return row.get("winner_choice") is not None
+
+
 def print_study(part: str, rows: list[dict[str, Any]]) -> None:
     """Print the `study` rows of a part: each arm's accuracies, and their differences to the first arm's.
 
@@ -103,8 +179,12 @@ def with_spread(mean: float | None, std: float | None) -> str:
 
 
 def points(row: dict[str, Any], split: str) -> str:
-    """Format a difference of accuracies and its interval in percentage points; '-' if there is no difference."""
-    mean, low, high = (row[f"{split}_effect{end}"] for end in ("", "_low", "_high"))
+    """Format a difference of accuracies and its interval in percentage points; '-' if there is no difference.
+
+    The columns are those of `split`, `<split>_effect`, or with an empty `split` just `effect`.
+    """
+    name = f"{split}_effect" if split else "effect"
+    mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
     if mean is None:
         return "-"
     return f"{100 * mean:+.2f}" + ("" if low is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]")

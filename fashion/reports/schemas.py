@@ -91,6 +91,47 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("wall_s", pa.float64()),  # including what was trained before a resume
         ]
     ),
+    # What a search found: one row for each setting that it drew. Values and ranges are in the setting's own unit, drops
+    # and effects are fractions of accuracy. What could not be estimated is null.
+    "importance": pa.schema(
+        [
+            ("search_id", pa.string()),
+            ("setting", pa.string()),
+            ("importance", pa.float64()),  # share of what sets the best trials apart; all settings' shares sum to 1
+            ("method", pa.string()),  # ped-anova
+            ("p", pa.float64()),  # of best and other trials having the same values by chance
+            ("trials", pa.int32()),  # ranked, by their best val accuracy, and among them:
+            ("best_trials", pa.int32()),
+            ("stopped_trials", pa.int32()),  # trained for fewer epochs
+            ("diverged_trials", pa.int32()),  # ranked last
+            ("best_low", pa.float64()),  # values of the best trials; null for choices, as all values below
+            ("best_high", pa.float64()),
+            ("first_third", pa.float64()),  # values that cut the trials into thirds
+            ("second_third", pa.float64()),
+            ("epoch", pa.int32()),  # the last that all trials reached; effects compare the best accuracy up to it
+            ("effect_trials", pa.int32()),  # without the diverged ones
+            ("effect", pa.float64()),  # from `effect_from` to `effect_to`: of thirds, or of choices
+            ("effect_low", pa.float64()),  # its 95 % interval
+            ("effect_high", pa.float64()),
+            ("effect_from", pa.string()),
+            ("effect_to", pa.string()),
+            ("low_accuracy", pa.float64()),  # estimated means of the three thirds
+            ("middle_accuracy", pa.float64()),
+            ("high_accuracy", pa.float64()),
+            ("overfit_trials", pa.int32()),  # that ran every epoch
+            ("overfit_effect", pa.float64()),  # on the rise of val loss from its lowest to the last epoch, in nats
+            ("overfit_effect_low", pa.float64()),
+            ("overfit_effect_high", pa.float64()),
+            ("winner", pa.float64()),
+            ("winner_choice", pa.string()),
+            ("near_trials", pa.int32()),  # the winner's neighbours
+            ("near_drop", pa.float64()),  # their median loss of accuracy against it, at equal epochs
+            ("fall_per_tenth", pa.float64()),  # loss per tenth of the searched range, away from the winner
+            ("flat_low", pa.float64()),  # values that cost less than a point
+            ("flat_high", pa.float64()),
+            ("note", pa.string()),  # why something is null, one line
+        ]
+    ),
     "predictions": pa.schema(
         [
             ("split", pa.string()),

@@ -7,7 +7,7 @@ trials; to go on, a fresh scheduler is shown every result again, and unfinished 
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from fashion.distributed import trainer
 from fashion.reports import runs, schemas, tables
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
+from fashion.search.findings.table import write_findings
 from fashion.search.plan import SearchPlan, TrialLimit, make_search_plan
 from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
 from fashion.search.scheduler import replay_scheduler, trial_name
@@ -51,6 +52,8 @@ class SearchResult:
     trials: list[Trial]
     refit: trainer.TrainResult | None
     was_finished: bool
+    findings: list[dict[str, Any]]
+    """What the search found: its rows of the table `importance`."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the trials as plain values, best first."""
@@ -147,13 +150,19 @@ def search(
                 if points:
                     run_trials(spec, store, points, rows)
             remove_checkpoints(storage, search_id, store)
-    trials = store.ranked()
-    if not trials:
-        raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
-    if trials[0].score < 0:
-        raise SearchFailed(f"search {search_id}: no trial has a result; {trials[0].trial_id} said: {trials[0].error}")
+        trials = store.ranked()
+        findings = write_findings(storage, search_id, config, trials) if trials else []
+    check_any_result(search_id, trials, scale)
     refitted = refit_winner(spec, trials[0]) if options.refit else None
-    return SearchResult(trials, refitted, was_finished=not points)
+    return SearchResult(trials, refitted, not points, findings)
+
+
+def check_any_result(search_id: str, ranked: Sequence[Trial], scale: SearchScale) -> None:
+    """Raise `SearchFailed` if no trial has a result; `ranked` are the trials that were started, best first."""
+    if not ranked:
+        raise SearchFailed(f"search {search_id}: --time-budget-s {scale.time_budget_s:g} ended before the first trial")
+    if ranked[0].score < 0:
+        raise SearchFailed(f"search {search_id}: no trial has a result; {ranked[0].trial_id} said: {ranked[0].error}")
 
 
 def trial_base(config: SearchConfig, base: TrainConfig, scale: SearchScale) -> TrainConfig:

@@ -1,5 +1,7 @@
 """The report page: figures say what the rows say; the page is whole, safe and needs no network."""
 
+import base64
+import hashlib
 import io
 import json
 import re
@@ -7,7 +9,9 @@ import shutil
 import struct
 import subprocess
 import zlib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,9 @@ from fashion.data import preparation, sources, synthetic
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
 from fashion.reports import classification, tables
-from fashion.reports.page import build, matplotlib_png, predictions, reading, runs, searches, studies
+from fashion.reports.page import build, findings, predictions, reading, runs, searches, studies
+from fashion.reports.page.content import Details, Figure, Panel, Table
+from fashion.reports.page.drawing import matplotlib_png, plotly_json
 from fashion.storage import Storage, open_storage
 from jobs.report import main
 
@@ -148,8 +154,36 @@ def write_search(storage: Storage, count: int = 15) -> list[dict[str, Any]]:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(trials), sink)
     storage.write_bytes(sink.getvalue(), "reports", "trials", "run_id=asha-1", "trials.parquet")
+    tables.write_table(storage, "importance", "asha-1", finding_rows())
     write_run(storage, "asha-1-refit", 6, 6, kind="refit", search_id="asha-1", val_accuracy=0.999, test_accuracy=0.935)
     return trials
+
+
+def finding_rows() -> list[dict[str, Any]]:
+    """What the search found: one setting that mattered, one that may have, and one of which little is known."""
+    common = {"search_id": "asha-1", "method": "ped-anova", "trials": 12, "best_trials": 4, "stopped_trials": 9}
+    common |= {"epoch": 1, "effect_trials": 10, "near_trials": 8, "near_drop": 0.0123}
+    lr = {
+        "setting": "lr",
+        "importance": 0.75,
+        "p": 0.004,
+        "effect": -0.0123,
+        "effect_low": -0.02,
+        "effect_high": -0.004,
+    }
+    lr |= {"first_third": 3e-4, "second_third": 2e-3, "winner": 1e-3, "best_low": 4e-4, "best_high": 1.5e-3}
+    lr |= {"flat_low": 5e-4, "flat_high": 2e-3, "fall_per_tenth": 0.0042}
+    lr |= {"overfit_effect": -0.1, "overfit_effect_low": -0.15, "overfit_effect_high": -0.05}
+    fc = {
+        "setting": "dropout_fc",
+        "importance": 0.25,
+        "p": 0.4,
+        "effect": 0.001,
+        "effect_low": -0.01,
+        "effect_high": 0.02,
+    }
+    fc |= {"first_third": 0.2, "second_third": 0.4, "winner": 0.3}
+    return [common | lr, common | fc, common | {"setting": NASTY, "note": "every trial has the same value"}]
 
 
 def write_study(storage: Storage) -> None:
@@ -290,6 +324,101 @@ def test_a_search_without_any_result_still_has_a_section(storage: Storage) -> No
     assert "2 error" in html
 
 
+def test_what_mattered_is_a_table_and_a_figure(full: Storage) -> None:
+    (search,) = reading.load_reports(full).searches
+    figure, text, table = findings.findings_blocks(1, search)
+    assert isinstance(text, str) and "best 4 of 12 trials apart" in text and "the 9 that were stopped early" in text
+    assert "by epoch 1, the last that all 10 trials reached" in text and "lose 1.23 points" in text
+    assert isinstance(table, Table)
+    first, second, third = table.rows
+    assert first.cells[:6] == ["lr", "0.75", "0.004", "0.001", "0.0004 to 0.0015", "-1.23 [-2.00, -0.40]"]
+    assert first.cells[6:] == ["-0.100 [-0.150, -0.050]", "0.0005 to 0.002", "0.42", ""]
+    assert second.cells[4:9] == ["", "+0.10 [-1.00, +2.00]", "", "", "-"]
+    assert third.cells == [NASTY, "-", "-", "-", "", "", "", "", "-", "every trial has the same value"]
+    assert [row.css_class for row in table.rows] == ["", "chance", "chance"], "what chance may explain is grey"
+    assert isinstance(figure, Figure)
+    assert [panel.title for panel in figure.panels] == [
+        "Importance",
+        "Effect on val accuracy",
+        "Effect on the rise of val loss",
+    ]
+    assert all(isinstance(panel, Panel) and list(panel.y_ticks or {}) == [2, 1] for panel in figure.panels)
+    interval, points = figure.panels[1].series
+    assert points.x == pytest.approx([-1.23, 0.1])
+    assert interval.x[:2] == pytest.approx([-2, -0.4])
+    assert figure.panels[1].x_range == pytest.approx((-2.24, 2.24)), "no interval ends at the frame"
+
+
+def test_a_search_without_findings_says_why_or_nothing(full: Storage) -> None:
+    (search,) = reading.load_reports(full).searches
+    few = dict.fromkeys(search.findings[0]) | {"setting": "lr", "note": "3 of 4 trials have a result"}
+    text, table = findings.findings_blocks(1, replace(search, findings=[few]))
+    assert text == "What mattered is not estimated: 3 of 4 trials have a result."
+    assert isinstance(table, Table) and len(table.rows) == 1
+    assert findings.findings_blocks(1, replace(search, findings=[])) == []
+    assert findings.loss_curves(1, replace(search, findings=[few])) is None
+
+
+def test_val_loss_is_drawn_by_thirds_with_its_lowest_points() -> None:
+    losses = {"a": [0.9, 0.5, 0.6], "b": [0.9, 0.4, 0.3], "c": [0.8, 0.7], "d": [0.9], "e": [0.7, 0.6, 0.6]}
+    trials = [{"trial_id": name, "lr": lr, "max_epochs": 4} for name, lr in zip(losses, (1, 2, 3, 2, 2), strict=True)]
+    rows = {name: val_epochs(*each) for name, each in losses.items()}
+    known = [{"setting": "lr", "first_third": 1.5, "second_third": 2.5}]
+    search = reading.Search("s", [trial | {"epochs_done": 1} for trial in trials], rows, {}, known)
+    figure = findings.loss_curves(1, search)
+    assert figure is not None
+    assert "Of 4 trials, 2 have turned before their last epoch." in figure.caption
+    (panel,) = figure.panels
+    assert isinstance(panel, Panel)
+    named = {series.name: (list(series.x), list(series.y)) for series in panel.series}
+    assert named["up to 1.5"] == ([1, 2, 3], [0.9, 0.5, 0.6])
+    assert named["to 2.5"] == ([1, 2, 3, None, 1, 2, 3], [0.9, 0.4, 0.3, None, 0.7, 0.6, 0.6])
+    assert named["above 2.5"] == ([1, 2], [0.8, 0.7])
+    assert named["lowest"] == ([2, 3, 2, 2], [0.5, 0.3, 0.6, 0.7])
+    assert [findings.lowest_loss_epoch(rows[name]) for name in losses] == [2, 3, 2, 1, 2]
+    assert findings.lowest_loss_epoch([]) is None
+
+
+def test_of_many_trials_those_with_most_epochs_are_drawn() -> None:
+    trials = [{"trial_id": f"t{number}", "lr": number, "max_epochs": 5, "epochs_done": 5} for number in range(100)]
+    rows = {f"t{number}": val_epochs(*[0.5] * (2 + (number >= 70))) for number in range(100)}
+    known = [{"setting": "lr", "first_third": 33.0, "second_third": 66.0}]
+    figure = findings.loss_curves(1, reading.Search("s", trials, rows, {}, known))
+    assert figure is not None and "The 40 trials with fewer epochs are left out." in figure.caption
+    assert sum(len(series.x) for series in figure.panels[0].series if series.name == "lowest") == 60
+
+
+def test_a_loss_axis_leaves_out_far_off_points() -> None:
+    assert findings.loss_limits([0.3, 0.4, 0.5, 0.6]) is None
+    limits = findings.loss_limits([0.3, 0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37, 0.38, 9.0])
+    assert limits is not None and limits[0] < 0.3 and 0.5 < limits[1] < 0.7
+
+
+def test_settings_in_which_runs_differ_stand_apart_from_the_others() -> None:
+    configs = [{"lr": 0.1, "padding": "zeros", "tta": "none"}, {"lr": 0.2, "padding": "zeros", "tta": "flip"}, {}]
+    rows = [{"run_id": f"r{n}", "config_json": json.dumps(config)} for n, config in enumerate(configs)]
+    differing, common = runs.settings_table(rows[:2])
+    assert isinstance(differing, Details) and isinstance(common, Details)
+    assert [row.cells for row in differing.table.rows] == [["r0", "0.1", "none"], ["r1", "0.2", "flip"]]
+    assert [row.cells for row in common.table.rows] == [["padding", "zeros"]]
+    (alone,) = runs.settings_table(rows[:1])
+    assert isinstance(alone, Details) and alone.title == "Settings of the run" and len(alone.table.rows) == 3
+    (all_differ,) = runs.settings_table(rows)
+    assert isinstance(all_differ, Details) and list(all_differ.table.rows)[2].cells == ["r2", "-", "-", "-"]
+    assert runs.settings_table(rows[2:]) == []
+
+
+def test_one_epoch_is_no_curve(storage: Storage) -> None:
+    write_run(storage, "once", 1, 1)
+    reader = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html)
+    assert "One epoch makes no curve; its figures are in the table above: once." in reader.text
+    assert reader.all("figure") == []
+    assert "Train loss and accuracy are averages" not in reader.text
+    write_run(storage, "twice", 2, 2)
+    reader = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html)
+    assert [values["id"] for values in reader.all("figure")] == ["curves-1"]
+
+
 def test_a_study_shows_each_difference_with_its_interval(full: Storage) -> None:
     rows = reading.load_reports(full).studies["cures"]
     figure = studies.effects_figure(1, "cures", rows)
@@ -408,7 +537,9 @@ def test_the_page_is_whole_small_and_needs_no_network(html: str) -> None:
     assert "@import" not in html
     assert "url(" not in html.split("</style>")[0]
     assert len(reader.all("script")) == 2 + len(reader.all("div", "plot"))
-    assert len(reader.all("div", "plot")) == 3 * 2 + 1 + 1 + 1 + 2 + 3 + 1 + 1
+    # Curves of three runs, the study, the confusion matrix and the classes; of the search: epochs and time, val loss by
+    # two settings, three panels of what mattered, three settings, parallel coordinates, what was saved.
+    assert len(reader.all("div", "plot")) == 3 * 2 + 1 + 1 + 1 + 2 + 2 + 3 + 3 + 1 + 1
     assert len(reader.all("img")) == 24
 
 
@@ -419,6 +550,20 @@ def test_every_figure_is_plain_json_that_the_library_draws(html: str) -> None:
         content = json.loads(panel)
         assert {trace["type"] for trace in content["data"]} <= {"scatter", "heatmap"}
         assert not re.search("[<>&]", panel)
+
+
+def test_the_policy_allows_the_two_scripts_of_the_page_and_no_other(html: str) -> None:
+    reader = Reader(html)
+    (policy,) = [values["content"] for values in reader.all("meta") if "http-equiv" in values]
+    inline = [script for script in reader.scripts if script.startswith("//")]
+    digests = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in (*inline, plotly_json.plotly_js())
+    ]
+    assert len(inline) == 1
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert policy == f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    assert not any(name.startswith("on") for _, values in reader.tags for name in values)
 
 
 def test_nothing_from_a_report_becomes_markup(html: str) -> None:
@@ -440,10 +585,12 @@ def test_published_and_measured_stand_together_best_first(html: str) -> None:
 def test_stand_in_data_is_marked_everywhere(storage: Storage) -> None:
     write_run(storage, "real", 3, 2, val_accuracy=0.5)
     write_run(storage, "toy", 3, 2, dataset="fashion-mnist-synthetic", val_accuracy=0.99)
-    text = Reader(build.make_page(storage, reading.load_reports(storage), with_pngs=False).html).text
+    html = build.make_page(storage, reading.load_reports(storage), with_pngs=False).html
+    text = Reader(html).text
     assert "1 of 2 runs on this page used drawn pictures" in text
     assert "Learning curves of toy (STAND-IN DATA)" in text
-    assert text.index("real\n") < text.index("toy\n")
+    body = html.split("<tbody>")[1].split("</tbody>")[0]
+    assert [re.sub("<.*?>", " ", row).split()[0] for row in body.strip().split("\n")] == ["published", "real", "toy"]
     assert re.search(r"toy \n+STAND-IN", text)
 
 
@@ -490,8 +637,17 @@ def test_every_figure_becomes_a_png_file(full: Storage, tmp_path: Path) -> None:
 def test_search_figures_can_be_drawn_as_files(full: Storage) -> None:
     (search,) = reading.load_reports(full).searches
     drawn = searches.search_figures(1, search)
-    assert [figure.name.split("-")[-1] for figure in drawn] == ["epochs", "time", "settings", "parallel", "saved"]
-    for figure in (drawn[2], drawn[3]):
+    assert [figure.name.split("-")[-1] for figure in drawn] == [
+        "epochs",
+        "loss",
+        "time",
+        "settings",
+        "parallel",
+        "saved",
+    ]
+    importance = findings.importance_figure(1, search.findings)
+    assert importance is not None
+    for figure in (importance, drawn[1], drawn[3], drawn[4]):
         assert matplotlib_png.figure_png(figure)[:4] == b"\x89PNG"
 
 
@@ -548,14 +704,7 @@ def test_the_command(full: Storage, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(html)
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"),
-        *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--window-size=1200,2000"),
-        *("--dump-dom", page.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = dump_dom(page)
     plots_there = len(Reader(html).all("div", "plot"))
     assert f'data-drawn="{plots_there}"' in done.stdout
     drawn = done.stdout.split('<div class="plot js-plotly-plot"')[1:]
@@ -564,3 +713,76 @@ def test_headless_chromium_draws_every_figure_without_a_complaint(html: str, tmp
         assert '<svg class="main-svg"' in plot
         assert re.search(r'class="trace scatter|<image', plot)  # points and lines, or a heat map
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def dump_dom(page: Path) -> subprocess.CompletedProcess[str]:
+    """Open a page in a headless browser without a network; its output is the document after the scripts have run."""
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet),
+        *(f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--v=0"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--window-size=1200,2000"),
+        *("--dump-dom", page.as_uri()),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+
+DRIVER = """
+<script>
+(() => {
+  const table = document.querySelector("#runs table");
+  const shown = (table) => [...table.tBodies[0].rows].filter((row) => !row.hidden);
+  const names = () => shown(table).map((row) => row.cells[0].textContent.trim());
+  const header = (title) => [...table.tHead.querySelectorAll("th")].find((each) => each.textContent.trim() === title);
+  const click = (title) => header(title).querySelector("button").click();
+  const found = { before: names() };
+  click("val accuracy");
+  found.descending = names();
+  found.sorted = header("val accuracy").getAttribute("aria-sort");
+  click("val accuracy");
+  found.ascending = names();
+  click("val accuracy");
+  found.again = names();
+  click("run");
+  found.named = names();
+  const input = document.querySelector("#runs input");
+  input.value = "seed  FAILED";
+  input.dispatchEvent(new Event("input"));
+  found.filtered = names();
+  found.note = document.querySelector("#runs .table-tools").textContent;
+  document.documentElement.dataset.found = JSON.stringify(found);
+  const trials = document.querySelector("#search-1-section table");
+  const more = document.querySelector("#search-1-section .more");
+  const counts = [shown(trials).length, more.hidden];
+  more.click();
+  document.documentElement.dataset.counts = JSON.stringify([...counts, shown(trials).length, more.hidden]);
+})();
+</script>
+"""
+
+
+@pytest.mark.commands
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_click_sorts_a_table_and_words_filter_it(storage: Storage, tmp_path: Path) -> None:
+    """In the browser, with a script in the page that clicks, which the policy is taken out for."""
+    for number in range(12):
+        status, preset = ("failed" if number in (3, 5) else "completed"), ("best", "seed")[number % 2]
+        accuracy = None if number == 7 else 0.9 + number / 1000
+        write_run(storage, f"run-{number}", 1, 1, val_accuracy=accuracy, status=status, error=preset)
+    tables.write_table(storage, "epochs", "run-7", [])  # from which its accuracy would be taken
+    write_search(storage, 20)
+    html = build.make_page(storage, reading.load_reports(storage), with_pngs=False).html
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", html).replace("</body>", f"{DRIVER}</body>")
+    (tmp_path / "page.html").write_text(html)
+    dom = dump_dom(tmp_path / "page.html").stdout
+    values = dict(re.findall(r'data-(found|counts)="(.*?)"', dom.partition(">")[0] + dom.partition("<head>")[0]))
+    found = json.loads(unescape(values["found"]))
+    ranked = ["asha-1-refit", *(f"run-{number}" for number in (11, 10, 9, 8, 6, 5, 4, 3, 2, 1, 0)), "run-7"]
+    assert found["before"] == found["again"]
+    assert found["descending"] == ["published", *ranked]
+    assert found["sorted"] == "descending"
+    assert found["ascending"] == ["published", *reversed(ranked[:-1]), "run-7"], "what is missing stays last"
+    assert found["named"][1:6] == ["asha-1-refit", "run-0", "run-1", "run-2", "run-3"], "run-10 comes after run-9"
+    assert found["filtered"] == ["run-3", "run-5"]
+    assert found["note"] == "2 of 14 rows"
+    assert json.loads(unescape(values["counts"])) == [15, False, 20, True]

@@ -171,6 +171,14 @@ def test_asha_spares_epochs_and_the_best_comes_first(unbroken: search.SearchResu
     assert sound == unbroken.trials[: len(sound)], "failed ones come last, whatever they reached"
 
 
+def test_what_the_search_found_is_a_table(unbroken: search.SearchResult, prepared: Storage) -> None:
+    rows = tables.read_table(prepared, "importance", "unbroken")
+    assert [row["setting"] for row in rows] == [row["setting"] for row in unbroken.findings] == CONFIG.searched()
+    assert {row["note"] for row in rows} == {"3 of 6 trials have a result; 8 are needed"}
+    assert {row["winner"] for row in rows if row["setting"] == "lr"} == {unbroken.trials[0].settings["lr"]}
+    assert (rows[0]["trials"], rows[0]["diverged_trials"]) == (4, 1), "crashed ones are left out"
+
+
 def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.SearchResult, prepared: Storage) -> None:
     folder = Path(prepared.path("searches", "unbroken"))
     assert not list(folder.rglob("*.safetensors"))

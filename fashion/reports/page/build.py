@@ -4,6 +4,7 @@ Orders the sections and fills the templates.
 """
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fashion.config import UserError, require
 from fashion.reports.page.content import Figure, Images, Row, Section, SideBySide, pluralize
-from fashion.reports.page.matplotlib_png import contact_sheet_png, encode_gray_png, figure_png
-from fashion.reports.page.plotly_json import panel_json, plotly_js_base64
+from fashion.reports.page.drawing.matplotlib_png import contact_sheet_png, encode_gray_png, figure_png
+from fashion.reports.page.drawing.plotly_json import panel_json, plotly_js, plotly_js_base64
 from fashion.reports.page.predictions import predictions_sections
 from fashion.reports.page.reading import Reports, is_stand_in, load_reports
 from fashion.reports.page.runs import curves_section, hardware_section, runs_section
@@ -84,15 +85,25 @@ def render_html(title: str, summary: str, warning: str, sections: Sequence[Secti
         "plotly_json": panel_json,
         "png_base64": lambda pixels: base64.b64encode(encode_gray_png(pixels)).decode(),
     }
+    script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
+        policy=content_security_policy(script, plotly_js()),
         title=title,
         summary=summary,
         warning=warning,
         sections=sections,
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
-        script=(TEMPLATES / "script.js").read_text(encoding="utf-8"),
+        script=script,
         plotly_js=plotly_js_base64(),
     )
+
+
+def content_security_policy(*scripts: str) -> str:
+    """Return the policy of a page that runs these scripts alone, has its style sheet inside, and loads nothing."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    # Plotly adds rules of its own to the style sheet, and makes the image that its button saves from a blob.
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def png_files(sections: Sequence[Section]) -> dict[str, bytes]:

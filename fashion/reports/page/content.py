@@ -1,7 +1,7 @@
 """What the page shows, as plain dataclasses: sections of paragraphs, tables, figures and images.
 
-`plotly_json.py` draws a `Figure` for the page and `matplotlib_png.py` draws the same `Figure` as a PNG file, so both
-show the same data and labels. The templates turn sections into HTML; no dataclass holds markup.
+In `drawing/`, `plotly_json.py` draws a `Figure` for the page and `matplotlib_png.py` draws the same `Figure` as a PNG
+file, so both show the same data and labels. The templates turn sections into HTML; no dataclass holds markup.
 """
 
 import math
@@ -144,15 +144,17 @@ class TableRow:
 
     cells: Sequence[str | Cell]
     css_class: str = ""
-    """'reference' (shaded), 'best' (bold) or ''."""
+    """'reference' (shaded, stays at the top), 'best' (bold), 'chance' (grey) or ''."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header row."""
+    """A table with a header row. In a browser a click on a header sorts it, and a long one can be filtered."""
 
     columns: Sequence[Column]
     rows: Sequence[TableRow]
+    shown: int = 0
+    """How many rows are shown until the reader asks for all; 0 shows all."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TRIAL_COLUMNS = (
 REQUIRED_COLUMNS = {
     "epochs": {"epoch", "split", "loss", "accuracy"},
     "trials": {"search_id", "trial_id", "status"},
+    "importance": {"search_id", "setting", "importance"},
     **{table: set(SCHEMAS[table].names) for table in ("predictions", "classes", "confusion", "study")},
 }
 NOT_SEARCHED = ("preset", "epochs", "seed")
@@ -36,6 +37,8 @@ class Search:
     trials: Sequence[Row]
     epochs: dict[str, list[Row]]
     runs: dict[str, Row]
+    findings: Sequence[Row] = ()
+    """The search's rows of `importance`, the most important setting first; none of a search that is not over."""
 
     @property
     def best(self) -> Row | None:
@@ -99,7 +102,8 @@ def load_reports(storage: Storage, run_ids: Sequence[str] = ()) -> Reports:
             epochs[row["run_id"]].append(row)
     for run_id, row in runs.items():
         fill_from_epochs(row, epochs.get(run_id, []))
-    searches, studies = group_searches(trials, runs, epochs), group_studies(read_rows(storage, "study"))
+    searches = group_searches(trials, runs, epochs, read_rows(storage, "importance") if trials else [])
+    studies = group_studies(read_rows(storage, "study"))
     check_exists(run_ids, runs, [*studies, *(search.search_id for search in searches)], storage)
     wanted = set(run_ids) or {*runs, *studies, *(search.search_id for search in searches)}
     shown_runs = [row for row in runs.values() if row["run_id"] in wanted and (run_ids or row["kind"] != "trial")]
@@ -178,8 +182,10 @@ def fill_from_epochs(run: Row, epochs: Sequence[Row]) -> None:
             run |= {f"{split}_loss": row["loss"], f"{split}_accuracy": row["accuracy"]}
 
 
-def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str, list[Row]]) -> list[Search]:
-    """Group trials by search, with the run and the epochs of each."""
+def group_searches(
+    trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str, list[Row]], findings: Sequence[Row]
+) -> list[Search]:
+    """Group trials by search, with the run and the epochs of each, and with what the search found."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for trial in trials:
         groups[str(trial["search_id"])].append(trial)
@@ -193,6 +199,7 @@ def group_searches(trials: Sequence[Row], runs: dict[str, Row], epochs: dict[str
                 rows,
                 {trial: epochs.get(run_id, []) for trial, run_id in owners.items()},
                 {trial: runs[run_id] for trial, run_id in owners.items() if run_id in runs},
+                [row for row in findings if row["search_id"] == search_id],
             )
         )
     return searches

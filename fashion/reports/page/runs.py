@@ -92,27 +92,45 @@ def status_cell(row: Row) -> Cell:
 
 
 def settings_table(runs: Sequence[Row]) -> list[Block]:
-    """List the settings of each run in a table that opens on a click; an empty list if no run has any."""
-    parsed = [(row, read_config(row["config_json"])) for row in runs]
-    names = sorted({name for _, config in parsed for name in config})
-    if not names:
-        return []
-    columns = [Column("setting", number=False), *(Column(row["run_id"]) for row, _ in parsed)]
-    rows = [TableRow([name, *(format_value(config.get(name)) for _, config in parsed)]) for name in names]
-    return [Details("Settings of each run", Table(columns, rows))]
+    """List in tables that open on a click the settings in which runs differ, a row for each run, and the others."""
+    configs = [{name: format_value(value) for name, value in read_config(row["config_json"]).items()} for row in runs]
+    names = sorted({name for config in configs for name in config})
+    differing = [name for name in names if len({config.get(name) for config in configs}) > 1]
+    blocks: list[Block] = []
+    if differing:
+        columns = [Column("run", number=False), *(Column(name) for name in differing)]
+        rows = [
+            TableRow([str(row["run_id"]), *(config.get(name, "-") for name in differing)])
+            for row, config in zip(runs, configs, strict=True)
+        ]
+        blocks.append(Details("Settings in which runs differ", Table(columns, rows)))
+    common = [TableRow([name, configs[0][name]]) for name in names if name not in differing]
+    if common:
+        title = "Settings that all runs share" if len(runs) > 1 else "Settings of the run"
+        blocks.append(Details(title, Table([Column("setting", number=False), Column("value", number=False)], common)))
+    return blocks
 
 
 def curves_section(reports: Reports) -> Section:
     """Draw the learning curves of the best runs."""
-    drawn = [row for row in reports.runs if reports.epochs.get(row["run_id"])]
-    blocks: list[Block] = [
-        "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val is "
-        "measured after the epoch. The published test loss rises after epoch 10."
-    ]
+    last = {
+        row["run_id"]: max((each["epoch"] for each in reports.epochs.get(row["run_id"], [])), default=0)
+        for row in reports.runs
+    }
+    drawn = [row for row in reports.runs if last[row["run_id"]] > 1]
+    short = [run_title(row) for row in reports.runs if last[row["run_id"]] == 1]
+    blocks: list[Block] = []
+    if drawn:
+        blocks.append(
+            "Train loss and accuracy are averages over the epoch as it was trained, with augmentation and dropout; val "
+            "is measured after the epoch. The published test loss rises after epoch 10."
+        )
     if len(drawn) > MAX_CURVES:
         blocks.append(f"The {MAX_CURVES} best of {len(drawn)} runs; choose others with --run-id.")
     for number, row in enumerate(drawn[:MAX_CURVES], start=1):
         blocks.append(learning_curves(number, run_title(row), reports.epochs[row["run_id"]]))
+    if short:
+        blocks.append(f"One epoch makes no curve; its figures are in the table above: {', '.join(short)}.")
     return Section("curves", "Learning curves", blocks)
 
 
@@ -145,11 +163,15 @@ def learning_curves(number: int, run_id: str, epochs: Sequence[Row]) -> Figure:
 
 def turning_epoch(epochs: Sequence[Row]) -> int | None:
     """Return the epoch with the lowest val loss, after which the network overfits; None if it is the last epoch."""
-    losses = {row["epoch"]: row["loss"] for row in epochs if row["split"] == "val" and is_finite(row["loss"])}
-    if not losses:
-        return None
-    lowest = min(losses, key=lambda epoch: (losses[epoch], epoch))
-    return int(lowest) if lowest < max(losses) else None
+    losses = val_losses(epochs)
+    lowest = min(losses, key=lambda epoch: (losses[epoch], epoch), default=None)
+    return lowest if lowest is not None and lowest < max(losses) else None
+
+
+def val_losses(epochs: Sequence[Row]) -> dict[int, float]:
+    """Return the val loss of each epoch, in order; without values that are not finite."""
+    rows = [row for row in epochs if row["split"] == "val" and is_finite(row["loss"])]
+    return {int(row["epoch"]): float(row["loss"]) for row in sorted(rows, key=lambda row: int(row["epoch"]))}
 
 
 def turning_lines(turn: int | None, last: int, heights: tuple[float, float]) -> list[VerticalLine]:

@@ -14,9 +14,7 @@ from fashion.reports.page.content import (
     PURPLE,
     VERMILLION,
     Annotation,
-    Block,
     Column,
-    Details,
     Figure,
     Line,
     Panel,
@@ -36,11 +34,12 @@ from fashion.reports.page.content import (
     join_lines,
     pluralize,
 )
+from fashion.reports.page.findings import findings_blocks, loss_curves, lowest_loss_epoch
 from fashion.reports.page.reading import Search, is_stand_in, searched_settings, spent_epochs
 from fashion.reports.page.runs import status_cell
 
 MAX_TRIALS = 15
-"""How many trials a search's table shows; the others open on a click."""
+"""How many trials a search's table shows before a click."""
 STATUS_STYLES = {
     "completed": Style(BLUE, marker="circle", size=8),
     "stopped": Style(ORANGE, dash="dash", marker="triangle-up", size=9),
@@ -62,15 +61,21 @@ def search_section(number: int, search: Search) -> Section:
     return Section(
         f"search-{number}-section",
         f"Search {search.search_id}{mark}",
-        [text, *trials_table(search), *search_figures(number, search)],
+        [text, trials_table(search), *findings_blocks(number, search), *search_figures(number, search)],
     )
 
 
-def trials_table(search: Search) -> list[Block]:
-    """List the trials, best first; those after the first MAX_TRIALS open on a click."""
+def trials_table(search: Search) -> Table:
+    """List the trials, best first; those after the first MAX_TRIALS are shown on a click."""
     names = searched_settings(search.trials)
     columns = [Column("trial", number=False), Column("val accuracy"), Column("val loss"), Column("best epoch")]
-    columns += [Column("epochs"), Column("rung"), *(Column(name) for name in names), Column("s")]
+    columns += [
+        Column("epochs"),
+        Column("lowest loss at"),
+        Column("rung"),
+        *(Column(name) for name in names),
+        Column("s"),
+    ]
     columns += [Column("status", number=False)]
     order = sorted(search.trials, key=lambda row: -row["val_accuracy"] if is_finite(row["val_accuracy"]) else 1.0)
     rows = [
@@ -78,7 +83,9 @@ def trials_table(search: Search) -> list[Block]:
             [
                 str(row["trial_id"]),
                 *(format_fraction(row[name]) for name in ("val_accuracy", "val_loss")),
-                *(format_value(row[name]) for name in ("best_epoch", "epochs_done", "rung")),
+                *(format_value(row[name]) for name in ("best_epoch", "epochs_done")),
+                format_value(lowest_loss_epoch(search.epochs.get(row["trial_id"], []))),
+                format_value(row["rung"]),
                 *(format_value(row.get(name)) for name in names),
                 format_value(row["wall_s"], "{:.0f}".format),
                 status_cell(row),
@@ -87,14 +94,14 @@ def trials_table(search: Search) -> list[Block]:
         )
         for row in order
     ]
-    head, rest = Table(columns, rows[:MAX_TRIALS]), rows[MAX_TRIALS:]
-    return [head, Details(f"{len(rest)} more", Table(columns, rest))] if rest else [head]
+    return Table(columns, rows, MAX_TRIALS)
 
 
 def search_figures(number: int, search: Search) -> list[Figure]:
     """Return the figures of a search, without those for which the reports have no data."""
     figures = [
         trial_curves(number, search),
+        loss_curves(number, search),
         timeline(number, search),
         accuracy_over_settings(number, search),
         parallel_coordinates(number, search),
@@ -125,9 +132,9 @@ def trial_curves(number: int, search: Search) -> Figure | None:
         series.append(join_lines(outcome, style, lines))
     if best is not None:
         series.append(join_lines("best", BEST, [trial_line(search, best, settings)]))
-    if not any(one.x for one in series):
-        return None
     last = search.max_epochs
+    if not any(one.x for one in series) or last == 1:
+        return None
     limits, remark = limits_without_outliers([y for one in series for y in one.y if y is not None])
     panel = Panel(
         title="",

@@ -1,3 +1,73 @@
+// Tables: a click on a header sorts (again: the other way round; once more: as it was), a long table can be filtered.
+// Rows of class "reference" at the top, as the published results, stay there. Without JavaScript all rows are shown.
+for (const table of document.querySelectorAll(".table-scroll > table")) {
+  const body = table.tBodies[0], original = [...body.rows];
+  if (original.length < 3) continue;
+  const pinned = original[0].className === "reference" ? 1 : 0;
+  const headers = [...table.tHead.rows[0].cells];
+  const limit = Number(table.parentElement.dataset.shown) || Infinity;
+  let wanted = [], all = false;
+  const text = (row, column) => row.cells[column].textContent.trim();
+  const number = (value) => parseFloat(value.replaceAll(",", ""));
+  const compare = (a, b, column) => {
+    const [x, y] = [text(a, column), text(b, column)];
+    const difference = headers[column].classList.contains("n") ? number(x) - number(y) : NaN;
+    return isNaN(difference) ? x.localeCompare(y, "en", { numeric: true }) : difference;
+  };
+  const show = () => {
+    let matching = 0;
+    for (const row of body.rows) {
+      const words = row.textContent.toLowerCase();
+      const fits = wanted.every((word) => words.includes(word));
+      matching += fits;
+      row.hidden = !fits || (!all && !wanted.length && matching > limit);
+    }
+    note.textContent = wanted.length ? `${matching} of ${original.length} rows` : "";
+    more.hidden = all || wanted.length > 0 || matching <= limit;
+  };
+  headers.forEach((header, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...header.childNodes);
+    header.append(button);
+    button.addEventListener("click", () => {
+      const before = header.getAttribute("aria-sort");
+      // Numbers are looked at from the largest first.
+      const [first, second] = header.classList.contains("n") ? ["descending", "ascending"] : ["ascending", "descending"];
+      const order = before === first ? second : before === second ? null : first;
+      headers.forEach((other) => other.removeAttribute("aria-sort"));
+      let rows = original.slice(pinned);
+      if (order) {
+        header.setAttribute("aria-sort", order);
+        const empty = (row) => ["", "-"].includes(text(row, column));
+        const known = rows.filter((row) => !empty(row)).sort((a, b) => compare(a, b, column));
+        rows = [...(order === "descending" ? known.reverse() : known), ...rows.filter(empty)];
+      }
+      body.append(...original.slice(0, pinned), ...rows);
+      show();
+    });
+  });
+  const tools = document.createElement("div"), input = document.createElement("input");
+  const note = document.createElement("span"), more = document.createElement("button");
+  tools.className = "table-tools";
+  input.type = "search";
+  input.placeholder = "filter rows by words";
+  input.setAttribute("aria-label", "Filter rows by words");
+  input.addEventListener("input", () => {
+    wanted = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    show();
+  });
+  more.type = "button";
+  more.className = "more";
+  more.textContent = `show all ${original.length} rows`;
+  more.addEventListener("click", () => { all = true; show(); });
+  if (original.length >= 10) {
+    tools.append(input, note);
+    table.parentElement.before(tools);
+    table.parentElement.after(more);
+  }
+  show();
+}
 (async () => {
   const plots = [...document.querySelectorAll(".plot")];
   try {

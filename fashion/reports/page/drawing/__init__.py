@@ -1,0 +1,1 @@
+"""Draws the figures of `content.py`: for the page, and as PNG files."""
