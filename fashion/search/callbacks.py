@@ -6,6 +6,7 @@ from typing import Any
 import ray.tune
 
 from fashion.distributed import trainer
+from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
 from fashion.search.scheduler import trial_name
 from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers
@@ -26,7 +27,8 @@ FAILURES = {"diverged": "diverged", "refused": "error"}
 class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
     """Records trials in the trial store and prints a line per epoch; frees what a trial holds once it has ended."""
 
-    def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
+    def __init__(self, storage: Storage, search_id: str, store: TrialStore, engine: Engine | None) -> None:
+        self._engine = engine
         self._storage = storage
         self._search_id = search_id
         self._store = store
@@ -60,7 +62,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remove the workers of a crashed trial, whose CPUs its second start needs."""
-        remove_workers(self._search_id, trial_name(trial))
+        remove_workers(self._engine, self._search_id, trial_name(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that Tune does not start again after a crash."""
@@ -70,7 +72,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
     def _end(self, name: str, status: str, error: str | None) -> None:
         self._store.end(name, status, error)
         print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
-        remove_workers(self._search_id, name)
+        remove_workers(self._engine, self._search_id, name)
         self._storage.delete_folder(schemas.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
 
 

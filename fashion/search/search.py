@@ -23,6 +23,7 @@ from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed import trainer
+from fashion.distributed.trainers import make_engine, run_in_thread
 from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
@@ -168,6 +169,7 @@ def run_trials(
     config = store.config
     shared = shared_by_trials(spec, config, rows)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
+    engine = shared["engine"] = make_engine() if config.workers_per_trial > 1 else None
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     loggers: list[ray.tune.Callback] = [TBXLoggerCallback()]
     if spec.options.mlflow:
@@ -194,16 +196,16 @@ def run_trials(
             storage_path=storage.path(schemas.SEARCHES_FOLDER),
             storage_filesystem=storage.fs,
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[SearchCallback(storage, search_id, store), *loggers],
+            callbacks=[SearchCallback(storage, search_id, store, engine), *loggers],
             verbose=0,
         ),
     )
     try:
-        trainer.run_in_thread(tuner.fit)
+        run_in_thread(tuner.fit)
     finally:
         limit.ask_for(0)
         for trial in store.unfinished():
-            remove_workers(search_id, trial.trial_id)
+            remove_workers(engine, search_id, trial.trial_id)
     for trial in store.unfinished():
         store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
     remove_checkpoints(storage, search_id, store)
