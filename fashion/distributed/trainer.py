@@ -23,7 +23,7 @@ from fashion.data import loading, preparation
 from fashion.data.manifest import SPLITS, Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed.callbacks import EpochReporter, TrackingCallback, read_step
-from fashion.distributed.trainers import Engine, make_engine, run_config
+from fashion.distributed.trainers import Engine, make_engine, run_config, uses_internals
 from fashion.distributed.worker import train_loop_per_worker
 from fashion.inference import evaluation
 from fashion.model.network import num_parameters
@@ -96,6 +96,7 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
     """
     scale, config = spec.scale, spec.config
     scale.check_batch(config.global_batch_size)
+    uses_internals()  # a wrong setting is told before anything else
     if spec.mlflow:
         check_mlflow(spec.mlflow)
     stored = stored_row(storage, spec)

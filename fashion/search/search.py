@@ -23,7 +23,7 @@ from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed import trainer
-from fashion.distributed.trainers import make_engine, run_in_thread
+from fashion.distributed.trainers import make_engine, run_in_thread, uses_internals
 from fashion.reports import runs, schemas
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
@@ -108,6 +108,7 @@ def search(
     `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports say the same.
     """
     scale.check_workers(config.workers_per_trial)
+    uses_internals()  # a wrong setting is told before anything else
     if options.mlflow:
         check_mlflow(options.mlflow)
     base = trial_base(config, base, scale)
