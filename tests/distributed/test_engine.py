@@ -54,34 +54,37 @@ def has_checkpoint(storage: Storage, run_id: str) -> bool:
     return CheckpointManager(storage, ("runs", run_id), newest=2).newest_whole()[0] is not None
 
 
-def test_a_run_goes_on_to_the_same_bits_whoever_ends_it(tiny_storage: Storage) -> None:
-    """A worker is killed in one run; another one is ended by Ctrl-C, goes on, is killed, and goes on."""
-    driver = Driver(tiny_storage, "engine-worker", every_s=0)
-    driver.wait_for(lambda: has_checkpoint(tiny_storage, "engine-worker"))
-    driver.workers()[0].kill()
-    said = driver.wait()
-    assert driver.process.returncode == 0, said
-    assert "failed: " in said
-    assert "goes on from checkpoint" in said
+def begun(storage: Storage, run_id: str) -> Driver:
+    """Return a driver of a run that has a checkpoint."""
+    driver = Driver(storage, run_id, every_s=0)
+    driver.wait_for(lambda: has_checkpoint(storage, run_id))
+    return driver
 
-    driver = Driver(tiny_storage, "engine-driver", every_s=0)
-    driver.wait_for(lambda: has_checkpoint(tiny_storage, "engine-driver"))
+
+def test_a_run_goes_on_to_the_same_bits_whoever_ends_it(tiny_storage: Storage) -> None:
+    """One is ended by Ctrl-C, goes on, loses a worker, and goes on; of another one the driver is killed."""
+    driver = begun(tiny_storage, "engine-one")
     driver.process.send_signal(signal.SIGINT)
     said = driver.wait()
     assert driver.process.returncode == 1, said
-    assert "continue with --run-id engine-driver --resume" in said
-    assert load_run(tiny_storage, "engine-driver")["status"] == "interrupted"
+    assert "continue with --run-id engine-one --resume" in said
+    assert load_run(tiny_storage, "engine-one")["status"] == "interrupted"
+    driver = begun(tiny_storage, "engine-one")
+    driver.wait_for(driver.workers)[0].kill()
+    said = driver.wait()
+    assert driver.process.returncode == 0, said
+    assert " failed: " in said
+    assert "goes on from checkpoint" in said
 
-    driver = Driver(tiny_storage, "engine-driver")
-    driver.wait_for(driver.workers)
+    driver = begun(tiny_storage, "engine-two")
     driver.process.kill()
     driver.wait()
-    driver = Driver(tiny_storage, "engine-driver")
+    driver = Driver(tiny_storage, "engine-two")
     said = driver.wait()
     assert driver.process.returncode == 0, said
     assert "goes on from checkpoint" in said
-    rows, weights = outcome(tiny_storage, "engine-driver")
-    other_rows, other_weights = outcome(tiny_storage, "engine-worker")
+    rows, weights = outcome(tiny_storage, "engine-two")
+    other_rows, other_weights = outcome(tiny_storage, "engine-one")
     assert rows == other_rows
     assert all(weights[name].equal(other_weights[name]) for name in weights)
 
@@ -94,7 +97,7 @@ def actors() -> dict[str, str]:
 def test_a_streamed_run_of_any_width_counts_every_row(ray_cluster: None, tiny_storage: Storage) -> None:
     """And the controller is Ray's own, as an actor."""
     before = set(actors())
-    config = replace(BASE, max_train_rows=256, data_mode="streaming")
+    config = replace(BASE, epochs=1, max_train_rows=256, data_mode="streaming")
     scale = ScaleConfig(num_workers="1:2", cpus_per_worker=0.5)
     manifest = load_manifest(tiny_storage)
     plan = make_plan(config, scale, manifest)
