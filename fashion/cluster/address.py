@@ -31,12 +31,10 @@ def check_address(address: str) -> None:
     if address != "auto":
         scheme, host, port = parse_address(address)
         answer = first_answer(address, host, port)
-        if scheme == "ray":
-            return
         # The length of a frame takes three bytes, its kind the fourth.
         require(
             answer[3:4] == bytes([SETTINGS_FRAME]),
-            f"RAY_ADDRESS={address} answers, but is no Ray head node (8265 is a dashboard's port); {WAYS_OUT}",
+            f"RAY_ADDRESS={address} listens, but is no Ray head node (8265 is a dashboard's port); {WAYS_OUT}",
         )
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # else the cluster itself has started this process
         ask_ray(address)
@@ -121,7 +119,10 @@ def ask_ray(address: str) -> None:
 
     It fails where something else than a GCS listens, with another token, and with another version of Ray.
     """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    if address.startswith("ray://"):  # a command of Ray would ask a GCS
+        command = [sys.executable, "-c", "import sys, ray; ray.init(sys.argv[1])", address]
+    else:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False)
     except subprocess.TimeoutExpired:
