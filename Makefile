@@ -136,9 +136,11 @@ test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-b
 test-quick: setup ## Run what can be run after each edit: under a minute
 	@$(pytest) -n auto --dist worksteal -m quick
 
-test-rays: $(RAYS:%=test-ray-%) ## Run a job, broken and resumed, and searches under RAYS, on Ray's documented API alone
+rays := $(RAYS:%=test-ray-%)
+.PHONY: $(rays)
+test-rays: $(rays) ## Run a job, broken and resumed, and searches under RAYS, on Ray's documented API alone
 
-test-ray-%: .rays/%/.installed
+$(rays): test-ray-%: .rays/%/.installed
 	@.rays/$*/bin/python -m pytest -n 0 -m engine tests/distributed/test_engine.py
 
 # Another Ray, in an environment that has everything else from .venv.

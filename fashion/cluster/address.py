@@ -29,7 +29,7 @@ WAYS_OUT = "set it to HOST:6379 of a head node that runs, or unset it for a clus
 def check_address(address: str) -> None:
     """Raise `UserError`, in a minute at most, unless a Ray cluster answers at `address`."""
     if address != "auto":
-        scheme, host, port = parse_address(address)
+        _, host, port = parse_address(address)
         answer = first_answer(address, host, port)
         # The length of a frame takes three bytes, its kind the fourth.
         require(

@@ -4,16 +4,18 @@ Passes under every Ray that pyproject.toml allows: `make test-rays`. All other t
 """
 
 import signal
+import subprocess
 from dataclasses import replace
 
 import pytest
 import ray
-from conftest import assert_refused, call_job, wait_for
+from conftest import ROOT, assert_refused, call_job, wait_for
 from drivers import Driver, outcome
 
 import jobs.train
+from fashion.cluster.address import check_address
 from fashion.cluster.plan import make_plan
-from fashion.config import ScaleConfig, TrainConfig
+from fashion.config import ScaleConfig, TrainConfig, UserError
 from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer, trainers
 from fashion.reports.runs import load_run
@@ -137,3 +139,19 @@ def workers_alive() -> list[str]:
     """Return the ids of Ray Train's workers that live."""
     everyone = ray._private.state.actors().items()
     return [n for n, each in everyone if each["ActorClassName"] == "RayTrainWorker" and each["State"] == "ALIVE"]
+
+
+@pytest.mark.skipif(ray.__version__ in trainers.TESTED_RAY, reason="needs two versions of Ray: make test-rays")
+def test_a_head_of_another_ray_is_told_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    code = "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); "
+    code += "print(ray.__version__, ray.get_runtime_context().gcs_address, flush=True); input()"
+    command = [str(ROOT / ".venv" / "bin" / "python"), "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as head:
+        assert head.stdout is not None
+        version, address = head.stdout.readline().split()
+        with pytest.raises(UserError) as refusal:
+            check_address(address)
+        head.communicate("\n")
+    assert version != ray.__version__
+    assert all(told in str(refusal.value) for told in (f"RAY_ADDRESS={address}", version, ray.__version__))
