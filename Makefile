@@ -13,6 +13,8 @@ OUT ?= results/report.html
 REFIT ?= yes
 ARGS ?=
 LANES ?= 3
+# The oldest Ray of the range in pyproject.toml, two between, and the one of uv.lock.
+RAYS ?= 2.55.1 2.57.1 2.59.0 2.60.0
 
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python -m
@@ -63,10 +65,13 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune study evaluate report bench bench-gpu test test-quick check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate report bench bench-gpu test test-quick test-rays check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+find_uv = uv=$$(command -v uv) || { test -x .venv/bin/uv || \
+	.venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); uv=.venv/bin/uv; }
 
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
@@ -75,8 +80,7 @@ setup: .venv/.installed ## Make the virtual environment from the lock file
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14; name one, as in: make setup PYTHON=python3.12" >&2; exit 2; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@uv=$$(command -v uv) || { .venv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION) && \
-		uv=.venv/bin/uv; }; $$uv sync --frozen --inexact --compile-bytecode --python .venv/bin/python
+	@$(find_uv); $$uv sync --frozen --inexact --compile-bytecode --python .venv/bin/python
 	@touch $@
 
 quickstart: setup ## Data, one epoch with two workers, evaluation, the page: some minutes
@@ -132,6 +136,22 @@ test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-b
 test-quick: setup ## Run what can be run after each edit: under a minute
 	@$(pytest) -n auto --dist worksteal -m quick
 
+rays := $(RAYS:%=test-ray-%)
+.PHONY: $(rays)
+test-rays: $(rays) ## Run a job, broken and resumed, and searches under RAYS, on Ray's documented API alone
+
+$(rays): test-ray-%: .rays/%/.installed
+	@.rays/$*/bin/python -m pytest -n 0 -m engine tests/distributed/test_engine.py
+
+# Another Ray, in an environment that has everything else from .venv.
+.rays/%/.installed: .venv/.installed
+	@$(find_uv); $$uv venv -q --clear --python .venv/bin/python .rays/$* && \
+		.venv/bin/python -c 'import sys, sysconfig; line = "import site; site.addsitedir({!r})\n"; \
+		open(sys.argv[1] + "/rest.pth", "w").write(line.format(sysconfig.get_path("purelib")))' \
+		.rays/$*/lib/python*/site-packages && \
+		$$uv pip install -q --no-deps --python .rays/$*/bin/python ray==$*
+	@touch $@
+
 check: setup ## Lint, format check, types; writes nothing
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -155,5 +175,5 @@ down: setup ## Stop what `make up` started, and nothing else
 
 clean: ## Delete what the project made here, results apart
 	@if [ -d .ray ] && [ -x .venv/bin/python ]; then $(RUN) fashion.cluster.head down; fi
-	rm -rf .venv .moto .ray .mypy_cache .pytest_cache .ruff_cache 
+	rm -rf .venv .rays .moto .ray .mypy_cache .pytest_cache .ruff_cache 
 	find fashion jobs tests -name __pycache__ -prune -exec rm -rf {} +

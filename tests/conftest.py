@@ -79,10 +79,13 @@ LANES = {
     "tests/cluster/test_storage_access.py": "others",
     "tests/cluster/test_address.py": "others",
     "tests/distributed/test_interfaces.py": "others",
+    "tests/distributed/test_engine.py": "others",
     "tests/jobs/test_commands.py": "commands",
 }
 # They import Ray, which takes as long as many quick tests.
-IMPORT_RAY = {f"test_{name}.py" for name in ("export", "scale", "storage_access", "search", "study", "trainer")}
+IMPORT_RAY = {
+    f"test_{name}.py" for name in ("engine", "export", "scale", "storage_access", "search", "study", "trainer")
+}
 
 
 def lane_of(nodeid: str) -> str:

@@ -216,7 +216,7 @@ def check_command(words: Sequence[str]) -> Iterator[str]:
             yield from check_command(rest)
         case ["make", *rest]:
             yield from check_make(rest)
-        case [program, "-m", *rest] if program in PYTHON:
+        case [program, "-m", *rest] if program in PYTHON or program.startswith(".rays/"):
             yield from check_module(rest)
         case ["pytest", *rest]:
             yield from check_pytest(rest)

@@ -1,6 +1,7 @@
 """Layers point one way: which package imports which, and what each may load, seen from a fresh interpreter."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ PACKAGES: dict[str, set[str]] = {
     "ablation": set(),
     "bench": set(),
 }
+# `ray.train.v2` and `ray.experimental` are not what Ray's documentation names.
+PRIVATE = re.compile("_[a-z].*|v2|experimental")
 HEAVY = ("pyarrow", "plotly", "matplotlib", "torch", "ray", "torchvision", "pandas", "scipy")
 # Modules of the packages above that others rely on to load quickly: commands import them before they parse.
 LIGHT = ("fashion.search.space", "fashion.ablation.parts", "fashion.training.metrics", "fashion.cluster.head")
@@ -123,3 +126,37 @@ def test_functions_fit_a_screen_and_take_few_parameters() -> None:
 def test_the_library_never_imports_a_job_and_jobs_never_each_other() -> None:
     for path in [*(ROOT / "fashion").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
         assert not {name for name in imports_of(path) if name.startswith("jobs")}, path
+
+
+def private_parts_of_ray(path: Path) -> set[str]:
+    """Return what a file imports or reaches of Ray's private parts."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        for name in names:
+            first, *parts = name.split(".")
+            if first == "ray" and any(PRIVATE.fullmatch(part) for part in parts):
+                found.add(f"{node.lineno} {name}")
+    return found
+
+
+def test_private_parts_of_ray_stand_in_one_module_that_is_loaded_on_demand(tmp_path: Path) -> None:
+    internals = ROOT / "fashion" / "distributed" / "ray_internals.py"
+    others = {*(ROOT / "fashion").rglob("*.py"), *(ROOT / "jobs").glob("*.py")} - {internals}
+    assert private_parts_of_ray(internals)
+    assert {path.name: private_parts_of_ray(path) for path in others if private_parts_of_ray(path)} == {}
+    # No module imports it at its top, so that it may fail to load under another Ray.
+    for path in others:
+        tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [top for top in tops if "ray_internals" in ast.unparse(top)], path
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import ray._raylet\ndef late():\n    from ray.train.v2 import api\n    ray._private.state.actors()\n"
+    )
+    assert len(private_parts_of_ray(file)) >= 3

@@ -16,7 +16,7 @@ from fashion.cluster.plan import make_plan
 from fashion.config import ScaleConfig, TrainConfig
 from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer
-from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.distributed.trainers import make_engine, run_config
 from fashion.reports import provenance
 from fashion.storage import Storage
 
@@ -107,16 +107,11 @@ def run_group(
 ) -> Rates:
     """Run `work(settings)` on a new worker group; return what rank 0 returns."""
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ray.train.LoggingConfig(log_level="WARNING")
-        result = LeanTrainer(
-            work,
-            train_loop_config=settings,
-            datasets=datasets or {},
-            scaling_config=shape,
-            run_config=ray.train.RunConfig(storage_path=folder, logging_config=quiet),
-        ).fit()
-    assert result.return_value is not None, "rank 0 returned nothing"
-    rates: Rates = result.return_value
+        engine = make_engine()
+        rates: Rates | None = engine.train(
+            work, settings | {"engine": engine}, shape, run_config("WARNING", storage_path=folder), datasets or {}
+        )
+    assert rates is not None, "rank 0 returned nothing"
     return rates
 
 

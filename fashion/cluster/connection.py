@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from fashion.cluster.address import check_address
-from fashion.config import RAY_ENVIRONMENT
+from fashion.cluster.address import WAYS_OUT, check_address, check_token
+from fashion.config import RAY_ENVIRONMENT, UserError
 
 # The longest temporary folder, in bytes, in which Ray's sockets get a path of the 107 bytes that the kernel takes.
 LONGEST_TEMPORARY_FOLDER = 107 - len("/ray/session_2026-01-31_09-30-00_123456_1234567/sockets/plasma_store")
@@ -31,6 +31,7 @@ def connect(num_cpus: int | None = None) -> None:
         # Workers' output stays in Ray's log folder: what a person needs comes back as rows, results and exceptions.
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = os.environ.get("RAY_ADDRESS", "").strip() or "local"
+        check_token()
         if address == "local":
             provide_token()
             provide_temporary_folder()
@@ -49,8 +50,22 @@ def connect(num_cpus: int | None = None) -> None:
                 os.environ.setdefault(name, value)
         else:
             check_address(address)
-        ray.init(**options)
+        start(address, options)
     quieten()
+
+
+def start(address: str, options: dict[str, Any]) -> None:
+    """Call `ray.init`; raises `UserError` if the cluster at `address` refuses, as one of another Python does.
+
+    Ray compares the versions of Ray and Python, to the third number, when it connects.
+    """
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        if address == "local":
+            raise
+        told = " ".join(str(error).split())
+        raise UserError(f"RAY_ADDRESS={address}: Ray says {told!r}; {WAYS_OUT}") from None
 
 
 def quieten() -> None:

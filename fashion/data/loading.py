@@ -139,7 +139,7 @@ def open_dataset(storage: Storage, manifest: Manifest, splits: Sequence[str]) ->
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    if hasattr(context, "use_datasource_v2"):  # Ray 2.59 and later have both
+    if hasattr(context, "use_datasource_v2"):  # Ray 2.57 and later have both
         context.use_datasource_v2 = False
     files = VerifiedFiles.of(storage, manifest, list(splits))
     # A block that is lost with its node is read again while workers occupy all CPUs, so a task asks for none. But no

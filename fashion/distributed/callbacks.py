@@ -1,7 +1,7 @@
 """Callbacks of Ray Train: write the `epochs` rows while a run trains, print a line per epoch, feed the trackers.
 
-Ray Train's controller calls them in the driver's process. The progress bar reads the step that rank 0 publishes in
-Ray's key-value store. Neither needs a further process.
+They are called in the driver's process, whichever engine trains (see `trainers`). The progress bar reads the step that
+rank 0 publishes.
 """
 
 import json
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train import UserCallback
 
+from fashion.distributed.trainers import Engine
 from fashion.reports import tables
 from fashion.reports.progress import Step, epoch_line, last_line
 from fashion.reports.tracking import MLflowRun, TensorBoard
@@ -54,9 +54,10 @@ class EpochReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
 
 
 class StepCounter:
-    """Publishes (epoch, step, steps) for the progress bar in Ray's key-value store, from rank 0, twice a second."""
+    """Publishes (epoch, step, steps) for the progress bar, from rank 0, twice a second."""
 
-    def __init__(self, run_id: str, steps: int) -> None:
+    def __init__(self, engine: Engine, run_id: str, steps: int) -> None:
+        self._engine = engine
         self._key = step_key(run_id)
         self._steps = steps
         self._last = 0.0
@@ -66,17 +67,17 @@ class StepCounter:
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_STEPS:
             self._last = now
-            _internal_kv_put(self._key, json.dumps([epoch, step, self._steps]).encode(), overwrite=True)
+            self._engine.put(self._key, json.dumps([epoch, step, self._steps]).encode())
 
 
-def step_key(run_id: str) -> bytes:
+def step_key(run_id: str) -> str:
     """Return the key under which rank 0 publishes its step."""
-    return f"fashion/steps/{run_id}".encode()
+    return f"steps/{run_id}"
 
 
-def read_step(run_id: str) -> Step | None:
+def read_step(engine: Engine, run_id: str) -> Step | None:
     """Return the step that rank 0 published last, or None if there is none yet."""
-    published = _internal_kv_get(step_key(run_id))
+    published = engine.get(step_key(run_id))
     if not published:
         return None
     epoch, step, steps = json.loads(published)

@@ -1,16 +1,13 @@
 """One training run from its settings to its reports: prepare, plan, train on Ray Train, evaluate, write the rows."""
 
 import functools
-import queue
 import secrets
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import ray.exceptions
 import ray.train
@@ -26,7 +23,7 @@ from fashion.data import loading, preparation
 from fashion.data.manifest import SPLITS, Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed.callbacks import EpochReporter, TrackingCallback, read_step
-from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.distributed.trainers import Engine, make_engine, run_config, uses_internals
 from fashion.distributed.worker import train_loop_per_worker
 from fashion.inference import evaluation
 from fashion.model.network import num_parameters
@@ -36,12 +33,6 @@ from fashion.reports.tracking import FOLDER, MLflowRun, TensorBoard, check_mlflo
 from fashion.storage import Storage
 from fashion.training.checkpoint_manager import name_of
 from fashion.training.metrics import best_epoch, epoch_rows, summarise
-
-# How long Ctrl-C waits for the workers to end. Ray acts on it only when workers that start have started; a second
-# Ctrl-C does not wait.
-SECONDS_TO_STOP = 30.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +96,7 @@ def train(storage: Storage, spec: RunSpec, announce: Callable[[Plan], None] = la
     """
     scale, config = spec.scale, spec.config
     scale.check_batch(config.global_batch_size)
+    uses_internals()  # a wrong setting is told before anything else
     if spec.mlflow:
         check_mlflow(spec.mlflow)
     stored = stored_row(storage, spec)
@@ -220,40 +212,10 @@ def run_or_explain(run: PlannedRun) -> dict[str, Any]:
 
 def fit_and_choose(run: PlannedRun) -> dict[str, Any]:
     """Train the run and choose its checkpoint on val; return the columns of the outcome, without those of test."""
-    with ProgressBar(run.spec.config.last_epoch, functools.partial(read_step, run.spec.run_id)) as bar:
-        trainer = build_trainer(run, bar.say)
-        result = run_in_thread(trainer.fit, trainer.stop)
-    return outcome_columns(run, result)
-
-
-def run_in_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
-    """Run `work` in a thread and return its result, or raise its exception.
-
-    If the wait is interrupted, as by Ctrl-C, calls `stop` and gives `work` `SECONDS_TO_STOP` to end. In the main thread
-    Ray would install its own handler of SIGINT and keep it after the run; in another one, Ctrl-C reaches the caller.
-    """
-    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            done.put((work(), None))
-        except BaseException as error:  # raised again in the caller's thread
-            done.put((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        result, error = done.get()
-    except BaseException:
-        # The exception goes on to the caller once the workers have ended. Ray's handler of SIGTERM sets an alarm that
-        # aborts the process after 3 s; to stop the workers and to write the row may take longer.
-        signal.alarm(0)
-        stop()
-        thread.join(SECONDS_TO_STOP)
-        raise
-    if error is not None:
-        raise error
-    return cast(T, result)
+    engine = make_engine()
+    with ProgressBar(run.spec.config.last_epoch, functools.partial(read_step, engine, run.spec.run_id)) as bar:
+        returned = fit(run, engine, bar.say)
+    return outcome_columns(run, returned)
 
 
 def summarise_error(error: BaseException | str) -> str:
@@ -263,20 +225,20 @@ def summarise_error(error: BaseException | str) -> str:
     return last_line(first) if rank is None else f"worker {rank}: {last_line(first)}"
 
 
-def build_trainer(run: PlannedRun, say: Callable[[str], None]) -> LeanTrainer:
-    """Return the run's trainer, which calls `say` with a line per epoch."""
+def fit(run: PlannedRun, engine: Engine, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train the run, call `say` with a line per epoch, and return what rank 0 returns."""
     storage, config, plan, run_id = run.storage, run.spec.config, run.plan, run.spec.run_id
     streamed = {}
     if config.data_mode == "streaming":
         # Ray Train splits this set among the workers; of every other set, a rank pulls its rows by their numbers.
         streamed = {"train": loading.open_dataset(storage, run.manifest, ["train"]).limit(plan.num_train_rows)}
-    return LeanTrainer(
+    returned = engine.train(
         train_loop_per_worker,
-        train_loop_config=worker_settings(storage, run.manifest, config, plan, run.rows)
-        | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults)},
-        datasets=streamed,
-        scaling_config=scaling_config(plan, run.spec.faults.resize_every_s),
-        run_config=ray.train.RunConfig(
+        worker_settings(storage, run.manifest, config, plan, run.rows)
+        | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults), "engine": engine},
+        scaling_config(plan, run.spec.faults.resize_every_s),
+        run_config(
+            "ERROR",  # Ray's warnings while it tidies up stay in its logs; `EpochReporter` prints the failure
             name=run_id,
             storage_path=storage.path(schemas.RUNS_FOLDER),
             storage_filesystem=storage.fs,
@@ -285,10 +247,11 @@ def build_trainer(run: PlannedRun, say: Callable[[str], None]) -> LeanTrainer:
                 EpochReporter(storage, run_id, config.last_epoch, say),
                 TrackingCallback([*tensorboard_writers(storage, run_id, config), *run.trackers]),
             ],
-            # Ray's warnings while it tidies up after a failure stay in its logs; `EpochReporter` prints the failure.
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
+        streamed,
     )
+    assert returned is not None, "rank 0 returned nothing"
+    return cast(dict[str, Any], returned)
 
 
 def tensorboard_writers(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoard]:
@@ -312,7 +275,7 @@ def read_rows(storage: Storage, manifest: Manifest, config: TrainConfig) -> dict
 def worker_settings(
     storage: Storage, manifest: Manifest, config: TrainConfig, plan: Plan, rows: Mapping[str, StoredRows]
 ) -> dict[str, Any]:
-    """Return the settings that `worker.train_loop_per_worker` takes, but for `folder`, which the caller adds."""
+    """Return the settings of `worker.train_loop_per_worker`, but for `folder` and `engine`, which the caller adds."""
     own = {"val": rows["val"].part(0, plan.num_val_rows)}
     if "train" in rows:
         # In the order of the files val follows train, so a run without val trains on both.
@@ -346,11 +309,9 @@ def scaling_config(plan: Plan, resize_every_s: float = FaultConfig.resize_every_
     )
 
 
-def outcome_columns(run: PlannedRun, result: ray.train.Result) -> dict[str, Any]:
-    """Return the columns of the `runs` row that follow from training, and write all rows of `epochs` once more."""
-    run_id, returned = run.spec.run_id, result.return_value
-    assert returned is not None, "rank 0 returned nothing"
-    history = returned["history"]
+def outcome_columns(run: PlannedRun, returned: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of the `runs` row that follow from what rank 0 returned; write all rows of `epochs` again."""
+    run_id, history = run.spec.run_id, returned["history"]
     columns = {name: returned[name] for name in (*schemas.PROCESS_COLUMNS, "resumed_from")}
     if returned["diverged"]:
         return columns | {"status": "diverged", "error": returned["diverged"], "epochs_done": len(history)}

@@ -9,14 +9,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
-from ray.experimental.internal_kv import _internal_kv_put
 
 from fashion.cluster.connection import quieten
 from fashion.config import TrainConfig
 from fashion.distributed.callbacks import StepCounter
 from fashion.distributed.ddp import wrap_in_ddp
 from fashion.distributed.ingest import open_shards
-from fashion.distributed.lean_trainer import preemption_notice
+from fashion.distributed.trainers import Engine
 from fashion.distributed.watchdog import Watchdog
 from fashion.model.device import peak_gpu_memory_bytes, peak_memory_bytes
 from fashion.reports import provenance
@@ -39,9 +38,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     `settings` holds `config` (`TrainConfig.to_dict()`), `threads`, `pixel_mean`, `pixel_std`, `num_train_rows`, `rows`
     per split (`data.shards.StoredRows`), `show_bar`, `storage` and `folder` (where its checkpoints are), `faults`
-    (`FaultConfig` as plain values), and `trial`: the name of the trial that the run is, or an empty string. A trial
-    that resumes from a checkpoint reports its earlier epochs again, for the scheduler to judge them. Every rank reports
-    once per epoch.
+    (`FaultConfig` as plain values), `engine` (`trainers.Engine`), and `trial`: the name of the trial that the run is,
+    or an empty string. A trial that resumes from a checkpoint reports its earlier epochs again, for the scheduler to
+    judge them. Every rank reports once per epoch.
     """
     prepare_worker(settings["threads"])
     storage, folder, faults = open_storage(settings["storage"]), tuple(settings["folder"]), settings["faults"]
@@ -50,7 +49,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         manager = CheckpointManager(storage, folder, CHECKPOINTS_TO_KEEP)
         resumed_from, notes = restore_newest(run, manager)
         if settings["trial"]:
-            publish_placement_group(settings["trial"])
+            publish_placement_group(settings["engine"], settings["trial"])
             for metrics in run.history:
                 ray.train.report(process_columns(run) | metrics)
         diverged, report = None, EpochReport(manager)
@@ -79,14 +78,15 @@ def train(
     """
     timer = CheckpointTimer(settings["faults"]["checkpoint_every_s"])
     publish_step = step_publisher(settings, run)
-    answered = preemption_notice()  # the last notice after which the run was saved
+    notice: Callable[[], str] = settings["engine"].preemption_notice
+    answered = notice()  # the last one after which the run was saved
     for progress in run.train():
         watchdog.beat()
         publish_step(progress.epoch, progress.step)
         if progress.is_sync_point:
             is_due = run.rank.rank == 0 and timer.is_due(progress.seconds_without_sync + manager.seconds)
-            wants_save = is_due or preemption_notice() != answered
-            saves = run.synchronise(wants_save, manager.is_writing())
+            is_told = notice() != answered  # asked for by all ranks, also where one of them saves anyway
+            saves = run.synchronise(is_due or is_told, manager.is_writing())
             if not run.is_any_writing:
                 report.send()
         else:
@@ -94,7 +94,7 @@ def train(
         if progress.metrics is not None:
             report.send()  # of the epoch before
         if saves:
-            answered = preemption_notice()
+            answered = notice()
             if run.rank.rank == 0:
                 manager.save(run)
             timer.restart()
@@ -142,7 +142,7 @@ def process_columns(run: TrainingRun) -> dict[str, Any]:
 def step_publisher(settings: dict[str, Any], run: TrainingRun) -> Callable[[int, int], None]:
     """Return a function of (epoch, step) that publishes the step for the progress bar, if there is one, from rank 0."""
     if settings["show_bar"] and run.rank.rank == 0:
-        return StepCounter(ray.train.get_context().get_experiment_name(), run.steps)
+        return StepCounter(settings["engine"], ray.train.get_context().get_experiment_name(), run.steps)
     return lambda epoch, step: None
 
 
@@ -160,16 +160,16 @@ def prepare_worker(threads: int) -> None:
     prepare_process(threads)
 
 
-def publish_placement_group(trial: str) -> None:
+def publish_placement_group(engine: Engine, trial: str) -> None:
     """Publish the id of the placement group of a trial's workers, for `trial.remove_workers`."""
     group = ray.util.get_current_placement_group()
     assert group is not None, "Ray Train puts its workers into a placement group"
-    _internal_kv_put(placement_key(trial), group.id.binary(), overwrite=True)
+    engine.put(placement_key(trial), group.id.binary())
 
 
-def placement_key(trial: str) -> bytes:
-    """Return the key, in Ray's key-value store, of the id of a trial's placement group."""
-    return f"fashion/placement/{trial}".encode()
+def placement_key(trial: str) -> str:
+    """Return the key of the id of a trial's placement group."""
+    return f"placement/{trial}"
 
 
 def start_run(settings: dict[str, Any], wrap: WrapModel = wrap_in_ddp) -> TrainingRun:

@@ -11,6 +11,7 @@ from typing import Any
 import ray.tune
 
 from fashion.distributed import trainer
+from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
 from fashion.search.scheduler import trial_name
 from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers
@@ -31,7 +32,8 @@ FAILURES = {"diverged": "diverged", "refused": "error"}
 class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
     """Records trials in the trial store and prints a line per epoch; frees what a trial holds once it has ended."""
 
-    def __init__(self, storage: Storage, search_id: str, store: TrialStore) -> None:
+    def __init__(self, storage: Storage, search_id: str, store: TrialStore, engine: Engine | None) -> None:
+        self._engine = engine
         self._storage = storage
         self._search_id = search_id
         self._store = store
@@ -69,7 +71,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remove the workers of a crashed trial, whose CPUs its second start needs."""
-        self._remove_workers(trial_name(trial))
+        remove_workers(self._engine, self._search_id, trial_name(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that Tune does not start again after a crash."""
@@ -77,15 +79,11 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
         self._end(trial_name(trial), "error", trainer.summarise_error(Path(trial.error_file).read_text()))
 
     def _end(self, name: str, status: str, error: str | None) -> None:
-        self._remove_workers(name)
+        remove_workers(self._engine, self._search_id, name)
         checkpoints = (schemas.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
         # Only once the end is durable: a trial whose end is lost in a crash goes on from its checkpoint.
         self._store.end(name, status, error, then=partial(self._storage.delete_folder, *checkpoints))
         print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
-
-    def _remove_workers(self, name: str) -> None:
-        if self._store.config.workers_per_trial > 1:
-            remove_workers(self._search_id, name)
 
 
 def trial_line(store: TrialStore, name: str) -> str:

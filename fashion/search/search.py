@@ -25,6 +25,7 @@ from fashion.data import preparation
 from fashion.data.manifest import Manifest, check_same_data, check_source, find_manifest
 from fashion.data.shards import StoredRows
 from fashion.distributed import trainer
+from fashion.distributed.trainers import make_engine, run_in_thread, uses_internals
 from fashion.reports import runs, schemas, tables
 from fashion.reports.tracking import check_mlflow
 from fashion.search.callbacks import SearchCallback
@@ -112,6 +113,7 @@ def search(
     `UserError` for what the user can mend, and `SearchFailed` when no trial has a result; the reports say the same.
     """
     scale.check_workers(config.workers_per_trial)
+    uses_internals()  # a wrong setting is told before anything else
     if options.mlflow:
         check_mlflow(options.mlflow)
     base = trial_base(config, base, scale)
@@ -179,16 +181,17 @@ def run_trials(
     storage, search_id, scale, plan = spec.storage, spec.search_id, spec.scale, spec.plan
     shared = shared_by_trials(spec, store.config, rows)
     shared["checkpoint_every_s"] = scale.checkpoint_every_s
+    engine = shared["engine"] = make_engine() if store.config.workers_per_trial > 1 else None
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     limit = TrialLimit(store.config, scale, has_autoscaler=autoscaler_status().is_there)
-    callbacks = [SearchCallback(storage, search_id, store), *loggers(spec)]
+    callbacks = [SearchCallback(storage, search_id, store, engine), *loggers(spec)]
     tuner = build_tuner(storage, search_id, store, points, trainable, limit, callbacks, scale.time_budget_s)
     try:
-        trainer.run_in_thread(tuner.fit)
+        run_in_thread(tuner.fit)
     finally:
         limit.ask_for(0)
         for trial in store.unfinished():
-            remove_workers(search_id, trial.trial_id)
+            remove_workers(engine, search_id, trial.trial_id)
     for trial in store.unfinished():
         store.end(trial.trial_id, "stopped", f"the time budget of {scale.time_budget_s:g} s was spent")
 

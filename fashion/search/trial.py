@@ -11,13 +11,12 @@ import ray.train
 import ray.tune
 import torch
 from ray import PlacementGroupID
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
 from fashion.config import TrainConfig, UserError
 from fashion.distributed import ingest, worker
-from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.distributed.trainers import Engine, run_config
 from fashion.model.device import share_of_memory
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.storage import open_storage
@@ -40,7 +39,7 @@ def train_trial(point: dict[str, Any], *, shared: dict[str, Any]) -> None:
     Keys of `shared`: `base` (`TrainConfig.to_dict()`), `storage` (its URI), `search_id`, `workers_per_trial`,
     `checkpoint_every_s`, `use_gpu`, `gpu_share` (the trial's GPUs, a fraction where trials share one), and the settings
     of `worker.train_loop_per_worker`. With several workers also `worker_settings` (the latter by themselves) and
-    `scaling` (a `ScalingConfig`).
+    `scaling` (a `ScalingConfig`), and `engine` (`trainers.Engine`).
     """
     settings = {name: value for name, value in point.items() if name != TRIAL}
     try:
@@ -103,26 +102,27 @@ def report(run: TrainingRun, metrics: Metrics) -> None:
 
 
 def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dict[str, Any]) -> None:
-    """Train with several workers, as a Ray Train run; its controller, in this process, reports each epoch to Tune.
+    """Train with several workers, as a Ray Train run; this process reports each epoch to Tune.
 
     When Tune starts the trial again, the run has the same name and folder, so that its workers resume from the latest
     checkpoint there.
     """
     storage = open_storage(shared["storage"])
-    result = LeanTrainer(
+    engine: Engine = shared["engine"]
+    settings = {"config": config.to_dict(), "trial": "/".join(folder[1:3]), "folder": folder, "engine": engine}
+    outcome = engine.train(
         worker.train_loop_per_worker,
-        train_loop_config=shared["worker_settings"]
-        | {"config": config.to_dict(), "trial": "/".join(folder[1:3]), "folder": folder},
-        scaling_config=shared["scaling"],
-        run_config=ray.train.RunConfig(
+        shared["worker_settings"] | settings,
+        shared["scaling"],
+        run_config(
+            "WARNING",
             name=folder[-1],
             storage_path=storage.path(*folder[:-1]),
             storage_filesystem=storage.fs,
             callbacks=[TuneReporter()],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
-    ).fit()
-    outcome = result.return_value
+        {},
+    )
     assert outcome is not None, "rank 0 returned nothing"
     if outcome["diverged"]:
         report_failure(len(outcome["history"]) + 1, "diverged", outcome["diverged"])
@@ -131,8 +131,8 @@ def train_with_workers(config: TrainConfig, folder: tuple[str, ...], shared: dic
 class TuneReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Reports each epoch of a Ray Train run to Tune, and waits for the scheduler's decision.
 
-    Ray's `TuneReportCallback` sends reports through an actor, since a controller may run in another process than the
-    trial. The trial reads them from there every 0.2 s; if it ends before that, Tune misses the last epoch.
+    It is called in the trial's process, and the workers' controller waits for it. Ray's `TuneReportCallback` sends
+    reports through an actor, which the trial reads every 0.2 s; if it ends before that, Tune misses the last epoch.
     """
 
     def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Any) -> None:
@@ -140,14 +140,16 @@ class TuneReporter(UserCallback):  # type: ignore[misc]  # Ray has no types
         ray.tune.report(dict(metrics[0]))
 
 
-def remove_workers(search_id: str, trial_id: str) -> None:
+def remove_workers(engine: Engine | None, search_id: str, trial_id: str) -> None:
     """Remove the placement group of a trial's workers, and with it the workers; does nothing if there is none.
 
     Tune stops a trial by ending the trial's own process. The placement group would keep its CPUs, and the next trial
-    would wait for them for ever.
+    would wait for them for ever. `engine` is None where trials have no workers.
     """
+    if engine is None:
+        return
     key = worker.placement_key(f"{search_id}/{trial_id}")
-    binary = _internal_kv_get(key)
+    binary = engine.get(key)
     if binary:
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(binary)))
-        _internal_kv_del(key)
+        engine.delete(key)

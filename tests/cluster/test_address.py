@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_refused, job_environment
 
-from fashion.cluster.address import check_address, parse_address
+from fashion.cluster import address as address_module
+from fashion.cluster.address import SETTINGS_FRAME, check_address, check_token, parse_address
 from fashion.config import UserError
 
 FORMS = {
@@ -33,6 +34,14 @@ FORMS = {
     "http://127.0.0.1:8265": "begins with http://",
     "https://head:8265": "begins with https://",
     "anyscale://cluster": "begins with anyscale://",
+    "tcp://head:6379": "begins with tcp://",
+    "redis://head:6379": "begins with redis://",
+    "AUTO": "names no port",
+    "localhost:-1": "is no HOST:PORT",
+    "::1:6379": "is no HOST:PORT",
+    "localhost:6379?token=x": "is no HOST:PORT",
+    "localhost:6379#head": "is no HOST:PORT",
+    "ray://user:word@head:10001": "is no HOST:PORT",
     "ray://": "is no HOST:PORT",
     "ray://head": "names no port",
 }
@@ -83,18 +92,59 @@ def test_nothing_that_answers_is_told() -> None:
         port = closed.getsockname()[1]
     refused_in(60, f"127.0.0.1:{port}", "nothing answers there .Connection refused")
     refused_in(60, f"ray://127.0.0.1:{port}", "nothing answers there .Connection refused")
-    refused_in(300, "no-such-host.invalid:6379", "host no-such-host.invalid is unknown")
+    refused_in(60, f"[::1]:{port}", "nothing answers there|host ::1 is unknown")
+    refused_in(60, "head..cluster:6379", "host head..cluster is unknown .no name of a host")
+    refused_in(60, f"{'x' * 64}:6379", "is unknown .no name of a host")
+    refused_in(60, "[fe80::1%nope]:6379", "host fe80::1%nope is unknown")
 
 
-def test_what_answers_otherwise_is_told() -> None:
-    with listening(None) as port:
-        refused_in(60, f"127.0.0.1:{port}", "but is no Ray head node")
-    with listening(b"SSH-2.0-OpenSSH_9.2\r\n") as port:
-        refused_in(60, f"127.0.0.1:{port}", "but is no Ray head node")
+def test_a_name_that_nobody_knows_or_tells_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resolver that is silent is not waited for."""
+
+    def late(*arguments: object, **options: object) -> None:
+        time.sleep(4)
+        raise socket.gaierror(socket.EAI_AGAIN, "late")
+
+    monkeypatch.setattr(address_module, "SECONDS_TO_CONNECT", 1.0)
+    refused_in(60, "no-such-host.invalid:6379", "host no-such-host.invalid is unknown|timed out")
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    refused_in(4, "no-such-host.invalid:6379", "nothing answers there .timed out")
+    time.sleep(4)  # the thread ends before the test does
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_what_answers_otherwise_is_told(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_module, "SECONDS_TO_CONNECT", 4.0)
+    for answer in (None, b"SSH-2.0-OpenSSH_9.2\r\n", b"-ERR unknown command\r\n", b"\x15\x03\x01\x00\x02\x02F", b"\0"):
+        with listening(answer) as port:
+            refused_in(60, f"{scheme}127.0.0.1:{port}", "listens, but is no Ray head node")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        refused_in(60, f"127.0.0.1:{server.server_port}", "8265 is a dashboard's port")
+        refused_in(60, f"{scheme}127.0.0.1:{server.server_port}", "8265 is a dashboard's port")
         server.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_what_speaks_http2_and_is_no_head_node_is_told(scheme: str) -> None:
+    with listening(bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])) as port:
+        refused_in(300, f"{scheme}127.0.0.1:{port}", "no Ray head node answered in 40 s|Ray says")
+
+
+def test_a_file_of_the_token_without_a_token_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray would crash, with a hundred lines."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    check_token()
+    file = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    with pytest.raises(UserError, match=f"RAY_AUTH_TOKEN_PATH={file} cannot be read .No such file or directory"):
+        check_token()
+    file.write_text(" \n")
+    with pytest.raises(UserError, match=f"RAY_AUTH_TOKEN_PATH={file} is empty"):
+        check_token()
+    file.write_text("0" * 64)
+    check_token()
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ def unnamed(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
 
 
 def test_an_interface_is_found_by_its_address(unnamed: None) -> None:
-    from fashion.distributed.interfaces import interface_of
+    from fashion.distributed.trainers import interface_of
 
     loopback = interface_of("127.0.0.1")
     assert loopback in {name for _, name in socket.if_nameindex()}
@@ -26,7 +26,7 @@ def test_an_interface_is_found_by_its_address(unnamed: None) -> None:
 
 
 def test_what_the_user_named_stays(unnamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fashion.distributed import interfaces as network
+    from fashion.distributed import trainers as network
 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
     monkeypatch.setattr(network, "interface_of", lambda address: "eth1")
@@ -35,7 +35,7 @@ def test_what_the_user_named_stays(unnamed: None, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_address_on_no_interface_names_none(unnamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fashion.distributed import interfaces as network
+    from fashion.distributed import trainers as network
 
     monkeypatch.setattr(network, "interface_of", lambda address: None)
     network.choose_interface()

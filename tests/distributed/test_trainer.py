@@ -28,6 +28,7 @@ from fashion.config import FaultConfig, Precision, ScaleConfig, TrainConfig, Use
 from fashion.data import synthetic
 from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer
+from fashion.distributed.trainers import run_in_thread
 from fashion.inference import evaluation
 from fashion.reports import provenance
 from fashion.reports.progress import ProgressBar
@@ -447,7 +448,7 @@ def test_an_interruption_has_the_time_it_needs() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(3600)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run_in_thread(work, go_on.set)
+        run_in_thread(work, go_on.set)
     signal.signal(signal.SIGINT, before)
     assert go_on.is_set(), "it was stopped"
     assert signal.alarm(0) == 0, "no alarm was left"

@@ -159,7 +159,7 @@ def run_search(
         started = time.perf_counter()
         search.build_tuner(storage, search_id, store, points, trainable, limit, []).fit()
         return Outcome(store, time.perf_counter() - started, {})
-    callback = TimedCallback(SearchCallback(storage, search_id, store))
+    callback = TimedCallback(SearchCallback(storage, search_id, store, engine=None))
     callbacks: list[ray.tune.Callback] = [callback, *others]
     if isinstance(storage.fs, pafs.LocalFileSystem):
         callbacks.append(TBXLoggerCallback())

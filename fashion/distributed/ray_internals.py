@@ -1,17 +1,20 @@
-"""Ray's `TorchTrainer` without the processes that a run does not need: on two cores each takes 3 to 8 s to start.
+"""What overrides or imports private parts of Ray, all of it: see `trainers`, which does the same without it.
 
+It is Ray's `TorchTrainer` without the processes that a run does not need: on two cores each takes 3 to 8 s to start.
 Besides the workers Ray 2.60 starts a controller, an autoscaling coordinator, a dataset manager and a cleaner of
-placement groups, one after the other. This trainer starts the workers and their synchronisation actor only. It
-overrides private methods of Ray; the version of Ray is pinned, and a test counts the processes.
+placement groups, one after the other. This trainer starts the workers and their synchronisation actor only; a test
+counts the processes.
 """
 
 import asyncio
 import os
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import ray
 import ray.train
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -21,10 +24,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-from fashion.distributed.interfaces import NetworkConfig
+from fashion.distributed.trainers import HEALTH_CHECK_INTERVAL_S, Engine, NetworkConfig, Work, run_in_thread
 
-# How often the controller polls its workers (Ray's default is 2 s); each epoch's report waits for the next poll.
-HEALTH_CHECK_INTERVAL_S = 0.5
 CONTROLLER_VARIABLES = (HEALTH_CHECK_INTERVAL_S_ENV_VAR, ENABLE_PREEMPTION_WATCHER_ENV_VAR)
 
 
@@ -90,16 +91,6 @@ class Controller(TrainController):  # type: ignore[misc]
             self._health_check_interval_s = HEALTH_CHECK_INTERVAL_S
 
 
-def preemption_notice() -> str:
-    """Return Ray's notice to this worker that nodes will be preempted soon, or an empty text if there is none.
-
-    Ray's own `get_preemption_info` makes all workers wait for each other; here they agree on a checkpoint at their next
-    synchronisation point.
-    """
-    info = get_train_context().preemption_context.preemption_info
-    return "" if info is None else str(info)
-
-
 class LeanTrainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` whose controller runs in the calling process.
 
@@ -142,3 +133,37 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]
     def stop(self) -> None:
         """End the workers; call this from another thread than `fit`, which then raises `asyncio.CancelledError`."""
         self._cancel()
+
+
+class LeanEngine(Engine):
+    """`LeanTrainer`, and Ray's key-value store in place of an actor: neither needs a further process."""
+
+    def put(self, key: str, value: bytes) -> None:
+        _internal_kv_put(f"fashion/{key}".encode(), value, overwrite=True)
+
+    def get(self, key: str) -> bytes | None:
+        return cast(bytes | None, _internal_kv_get(f"fashion/{key}".encode()))
+
+    def delete(self, key: str) -> None:
+        _internal_kv_del(f"fashion/{key}".encode())
+
+    def preemption_notice(self) -> str:
+        # Ray's own `get_preemption_info` makes all workers wait for each other; what this worker was told is enough,
+        # because the ranks agree on a checkpoint anyway.
+        info = get_train_context().preemption_context.preemption_info
+        return "" if info is None else str(info)
+
+    def train(
+        self,
+        work: Work,
+        settings: dict[str, Any],
+        scaling: ray.train.ScalingConfig,
+        config: ray.train.RunConfig,
+        datasets: Mapping[str, Any],
+    ) -> Any:
+        trainer = LeanTrainer(
+            work, train_loop_config=settings, scaling_config=scaling, run_config=config, datasets=dict(datasets)
+        )
+        if threading.current_thread() is threading.main_thread():
+            return run_in_thread(trainer.fit, trainer.stop).return_value
+        return trainer.fit().return_value
