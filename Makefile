@@ -24,7 +24,7 @@ export RAY_ADDRESS ?= local
 # Values of the user's go to the shell in single quotes, whatever signs they hold; `value` takes a `$` as it was typed.
 quoted = '$(subst ','\'',$(1))'
 # A new line would end the command, so it is refused. The names of all variables that make must hand on whole:
-PASSED := STORAGE FASHION_STORAGE SOURCE FASHION_MNIST_SOURCE OUT EXPORT CSV RUN_ID SEARCH_ID STUDY_ID MLFLOW
+PASSED := STORAGE FASHION_STORAGE SOURCE FASHION_MNIST_SOURCE OUT EXPORT CSV IMAGES PREDICTIONS MODEL COLUMN RUN_ID SEARCH_ID STUDY_ID MLFLOW
 define newline
 
 
@@ -65,7 +65,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune study evaluate report bench bench-gpu test test-quick test-rays check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate predict report bench bench-gpu test test-quick test-rays check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,9 +106,13 @@ evaluate: setup ## Evaluate RUN_ID on SPLIT; EXPORT=folder writes the network fo
 	@test -n $(call quoted,$(value RUN_ID)) || { echo "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine" >&2; exit 2; }
 	@$(RUN) jobs.evaluate --storage $(storage) $(call flag,RUN_ID,run-id) $(call flag,SPLIT,split) $(scale_flags) $(if $(value EXPORT),--export $(call path,EXPORT)) $(ARGS)
 
-report: setup ## One page of everything measured, for the browser: OUT; CSV=folder writes every table as CSV too
+predict: setup ## Classes of your own IMAGES (file, folder, glob, URI) by RUN_ID or MODEL; PHOTO=yes for photographs
+	@test -n $(call quoted,$(value IMAGES)) || { echo "error: no IMAGES are given; name them, as in: make predict RUN_ID=mine IMAGES=folder" >&2; exit 2; }
+	@$(RUN) jobs.predict --storage $(storage) --images $(call path_or,IMAGES) --out $(if $(value PREDICTIONS),$(call path_or,PREDICTIONS),$(call quoted,$(CURDIR)/results/predictions)) $(call flag,RUN_ID,run-id) $(if $(value MODEL),--model $(call path,MODEL)) $(call flag,COLUMN,column) $(if $(filter yes,$(PHOTO)),--photo) $(scale_flags) $(ARGS)
+
+report: setup ## One page of everything measured, for the browser: OUT; CSV=folder for tables; PREDICTIONS=folder for your images
 	@mkdir -p "$$(dirname $(call path,OUT))"
-	@$(RUN) jobs.report --storage $(storage) --out $(call path,OUT) $(if $(value CSV),--csv $(call path,CSV)) $(ARGS)
+	@$(RUN) jobs.report --storage $(storage) --out $(call path,OUT) $(if $(value CSV),--csv $(call path,CSV)) $(if $(value PREDICTIONS),--predictions $(call path_or,PREDICTIONS)) $(ARGS)
 
 bench-gpu: setup ## On a machine with a GPU: its tests, then steps, job and time to accuracy side by side
 	@.venv/bin/python -m pytest -m gpu

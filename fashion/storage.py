@@ -45,6 +45,8 @@ class Storage:
     uri: str
     fs: pafs.FileSystem
     root: str
+    flag: str = "--storage"
+    """The flag that named it, for messages."""
 
     def path(self, *parts: str) -> str:
         """Return the path of `parts` below the root, in the form that `fs` takes.
@@ -53,7 +55,7 @@ class Storage:
         """
         for part in parts:
             safe = part.isprintable() and ".." not in part.split("/")
-            require(safe, f"{part!r} leads out of --storage {self.uri}, or is no name; a name holds a-z, 0-9, ._-")
+            require(safe, f"{part!r} leads out of {self.flag} {self.uri}, or is no name; a name holds a-z, 0-9, ._-")
         return "/".join((self.root, *parts))
 
     def show(self, *parts: str) -> str:
@@ -134,7 +136,9 @@ class Storage:
                 self.fs.delete_file(self.path(".writable"))
         except OSError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"--storage {self.uri} cannot be written ({reason}); name a folder that can be") from error
+            raise UserError(
+                f"{self.flag} {self.uri} cannot be written ({reason}); name a folder that can be"
+            ) from error
 
 
 def write_object(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
@@ -157,8 +161,9 @@ def nearest_folder(path: Path) -> Path:
     raise FileNotFoundError(path)
 
 
-def open_storage(uri: str) -> Storage:
-    """Open `uri`, a local path or a URI. Creates nothing; `Storage.check_writable` tests for write access.
+def open_storage(uri: str, flag: str = "--storage") -> Storage:
+    """Open `uri`, a local path or a URI that the flag `flag` gave. Creates nothing; `Storage.check_writable` tests for
+    write access.
 
     Raises `UserError` if `uri` is a file, may not be entered or is unknown to pyarrow, if an object store refuses or
     does not answer, or if the bucket does not exist.
@@ -169,14 +174,14 @@ def open_storage(uri: str) -> Storage:
             nearest_folder(path)
         except NotADirectoryError:
             blocked = next(place for place in (path, *path.parents) if place.exists())
-            raise UserError(f"--storage {uri} cannot be a folder, {blocked} is a file; name another folder") from None
+            raise UserError(f"{flag} {uri} cannot be a folder, {blocked} is a file; name another folder") from None
         except OSError as error:
-            raise UserError(f"--storage {uri} cannot be entered ({error}); name a folder that can be") from error
-        return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path))
+            raise UserError(f"{flag} {uri} cannot be entered ({error}); name a folder that can be") from error
+        return Storage(uri=str(path), fs=pafs.LocalFileSystem(), root=str(path), flag=flag)
     scheme, _, rest = uri.partition("://")
     way_out = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of every node instead"
     holds_keys = scheme == "s3" and "@" in rest.partition("/")[0]
-    require(not holds_keys, f"--storage holds keys, which would be read in logs and lists of processes; {way_out}")
+    require(not holds_keys, f"{flag} holds keys, which would be read in logs and lists of processes; {way_out}")
     try:
         filesystem, root = pafs.FileSystem.from_uri(uri)
         root = root.rstrip("/")
@@ -186,18 +191,18 @@ def open_storage(uri: str) -> Storage:
         way_out = "use a path, or a URI such as s3://..."
         if isinstance(error, OSError):
             way_out = "see to its address, the credentials and the server, or use a path"
-        raise UserError(f"--storage {uri} cannot be opened ({reason}); {way_out}") from error
+        raise UserError(f"{flag} {uri} cannot be opened ({reason}); {way_out}") from error
     if found.type == pafs.FileType.File:
-        raise UserError(f"--storage {uri} is a file; name a folder")
+        raise UserError(f"{flag} {uri} is a file; name a folder")
     if isinstance(filesystem, pafs.S3FileSystem):
-        require(root, f"--storage {uri} names no bucket; use s3://BUCKET/FOLDER")
+        require(root, f"{flag} {uri} names no bucket; use s3://BUCKET/FOLDER")
         bucket = root.partition("/")[0]
         # In a missing bucket every object merely counts as not found, and the first write would fail. A user who may
         # access only one folder of the bucket gets an error here, which says nothing about the bucket.
         with contextlib.suppress(OSError):
             there = with_limits(filesystem).get_file_info(bucket).type != pafs.FileType.NotFound
-            require(there, f"--storage {uri} is in bucket {bucket}, which does not exist; make it, or name another")
-    return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root)
+            require(there, f"{flag} {uri} is in bucket {bucket}, which does not exist; make it, or name another")
+    return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root, flag=flag)
 
 
 def with_limits(filesystem: pafs.FileSystem) -> pafs.FileSystem:

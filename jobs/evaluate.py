@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     from fashion.cluster.nodes import NodesNotUp, wait_for_room
     from fashion.cluster.plan import make_plan
     from fashion.data.manifest import load_manifest
-    from fashion.inference import evaluation, export
+    from fashion.inference import classifier, evaluation, export
     from fashion.reports import console, runs, schemas, tables
     from fashion.storage import open_storage
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     manifest = load_manifest(storage)
     row = runs.load_run(storage, flags.run_id)
     tables.open_reports(storage)
-    train_config = evaluation.check_run(storage, flags.run_id, row)
+    train_config = classifier.check_run(storage, flags.run_id, row)
     connection.connect()
     try:
         plan = wait_for_room(lambda: make_plan(train_config, flags.scale, manifest), flags.scale.wait_for_nodes_s)

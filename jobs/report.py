@@ -20,6 +20,8 @@ class Flags:
     """Folder to write every figure to as PNG as well; it is created if it does not exist."""
     csv: str = ""
     """Folder to write every table to as CSV as well; it is created if it does not exist."""
+    predictions: str = ""
+    """Folder or URI with predictions of `jobs.predict`, which get a section of the page."""
     run_id: str = ""
     """Runs or searches to show: names with commas between them; all if empty."""
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
     storage = open_storage(flags.storage)
     out, png = Path(flags.out).expanduser(), Path(flags.png).expanduser() if flags.png else None
-    written = build_page(storage, out, png=png, run_ids=run_ids)
+    written = build_page(storage, out, png=png, run_ids=run_ids, predictions=flags.predictions)
     print(f"{len(written)} file(s) in {time.perf_counter() - started:.1f} s")
     if flags.csv:
         for path in tables.write_csv(storage, Path(flags.csv).expanduser()):

@@ -75,6 +75,9 @@ LANES = {
     "test_ray_up_exec_and_down": "elastic",
     "tests/cluster/test_submit.py": "heads",
     "tests/inference/test_export.py": "others",
+    "tests/inference/test_classifier.py": "others",
+    "tests/inference/test_predict.py": "others",
+    "tests/jobs/test_tour.py": "others",
     "tests/ablation/test_study.py": "others",
     "tests/cluster/test_storage_access.py": "others",
     "tests/cluster/test_address.py": "others",
@@ -84,7 +87,10 @@ LANES = {
 }
 # They import Ray, which takes as long as many quick tests.
 IMPORT_RAY = {
-    f"test_{name}.py" for name in ("engine", "export", "scale", "storage_access", "search", "study", "trainer")
+    f"test_{name}.py"
+    for name in (
+        *("classifier", "engine", "export", "predict", "scale", "storage_access", "search", "study", "trainer"),
+    )
 }
 
 

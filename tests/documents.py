@@ -34,7 +34,7 @@ MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_opt
 PYTHON = ("python", ".venv/bin/python")
 RAY = ("job submit", "job stop", "up", "down", "dashboard", "get-auth-token", "status")
 FILE_TYPES = (".py", ".yaml", ".toml", ".lock", ".md", ".parquet")
-REQUIRED = {"evaluate": ["--run-id", "mine"]}
+REQUIRED = {"evaluate": ["--run-id", "mine"], "predict": ["--images", "photos", "--out", "predictions"]}
 
 
 # --- what a document holds ------------------------------------------------------------------------------------------
@@ -324,15 +324,19 @@ def check_sql(block: str) -> Iterator[str]:
 def check_python(block: str) -> Iterator[str]:
     """Yield what is wrong with a block of Python, run in the working directory.
 
-    What loads a network is not run, since to export one takes seconds: the names that it takes from modules must exist.
+    What loads a network is not run, since to train one takes seconds: the names that it takes from modules must exist.
     """
-    if "torch" not in block:
+    if "torch" not in block and "fashion.inference" not in block:
         try:
             exec(compile(block, "document", "exec"), {})
         except Exception as error:  # whatever a reader of the text would run into
             yield f"{block.strip().splitlines()[-1]}: {error!r}"
         return
     tree = ast.parse(block)
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if not hasattr(importlib.import_module(node.module or ""), alias.name):
+                yield f"{node.module} has no {alias.name}"
     modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     for node in ast.walk(tree):
         parts = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
@@ -346,13 +350,14 @@ def check_python(block: str) -> Iterator[str]:
 # --- a whole document -----------------------------------------------------------------------------------------------
 
 
-def complaints(text: str, folder: Path = ROOT) -> list[str]:
-    """Return all that is wrong with a document that lies in `folder`."""
+def complaints(text: str, folder: Path = ROOT, *, run_python: bool = True) -> list[str]:
+    """Return all that is wrong with a document that lies in `folder`; its Python may be left alone."""
     found = [f"line {number}: {each}" for number, line in shell_lines(text) for each in check_line(line)]
     for code in dict.fromkeys(inline_code(text)):
         found += [f"`{code}`: {each}" for each in check_inline(code)]
     found += check_links(text, folder)
     for fence in fences_of(text):
-        check = {"sql": check_sql, "python": check_python}.get(fence.language, lambda block: [])
-        found += [f"line {fence.line}: {each}" for each in check(fence.text)]
+        if fence.language == "sql" or (fence.language == "python" and run_python):
+            check = check_sql if fence.language == "sql" else check_python
+            found += [f"line {fence.line}: {each}" for each in check(fence.text)]
     return found

@@ -30,11 +30,16 @@ import torch
 from conftest import split_paths
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from photographs import content as image_content
+from PIL import Image
 from torch import nn
 
 from fashion import cli, config
 from fashion.config import TrainConfig, UserError
 from fashion.data import archives, loading
+from fashion.data.images.decoding import Unreadable, decode_image
+from fashion.data.images.listing import list_images
+from fashion.data.images.reading import read_images
 from fashion.data.manifest import DATA_FOLDER, FORMAT_VERSION, SPLITS, Manifest, load_manifest
 from fashion.data.rows import Split, to_table
 from fashion.reports import runs, schemas, tables
@@ -497,6 +502,60 @@ def test_flags(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz(parse)
 
 
+# --- users' images ----------------------------------------------------------------------------------------------------
+
+
+def image_files() -> list[bytes]:
+    """Return small images of several kinds, whose damage concerns all that a decoder reads."""
+    pixels = np.add.outer(np.arange(28) * 5, np.arange(28) * 3).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.fromarray(pixels)
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (grey, "PNG", {}),
+        (grey, "PNG", {"exif": exif, "compress_level": 0}),
+        (grey.convert("P"), "PNG", {"transparency": 3}),
+        (grey.convert("RGBA"), "PNG", {"save_all": True, "append_images": [grey.convert("RGBA").rotate(90)]}),
+        (Image.fromarray(pixels.astype(np.uint16)), "PNG", {}),
+        (grey, "JPEG", {"exif": exif}),
+        (grey.convert("RGB"), "JPEG", {"progressive": True}),
+        (grey.convert("CMYK"), "JPEG", {}),
+    ]
+    return [image_content(image, form, **options) for image, form, options in kinds]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow passes over damaged tags, and says so
+def test_images() -> None:
+    """As they are and as photographs: pixels, or a phrase that says why not."""
+    files = image_files()
+
+    def parse(rng: Random) -> None:
+        try:
+            pixels = decode_image(damaged(rng, rng.choice(files)), photo=rng.random() < 0.3)
+        except Unreadable as error:
+            raise UserError(f"an image: {error}") from error
+        assert (pixels.shape, pixels.dtype) == ((28, 28), np.uint8)
+
+    fuzz(parse)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_parquet_files_of_images(tmp_path: Path) -> None:
+    """What is damaged is a file as a whole, or single images."""
+    cells = pa.array([{"bytes": each, "path": None} for each in image_files()])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": cells}), sink, row_group_size=3)
+    content, path = sink.getvalue().to_pybytes(), tmp_path / "a.parquet"
+
+    def parse(rng: Random) -> None:
+        path.write_bytes(damaged(rng, content))
+        listing = list_images(str(path))
+        for pixels, errors in read_images(listing, 0, min(len(listing), 20), 7):
+            assert pixels.shape == (len(errors), 28, 28)
+
+    fuzz(parse, inputs=INPUTS // 20)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 PROGRESS = {"format": PROGRESS_FORMAT, "history": [{"epoch": 1, "train_loss": 0.5}]}
@@ -694,17 +753,17 @@ def test_a_storage_gives_no_path_that_lies_elsewhere(storage: Storage, name: str
     ],
 )
 def test_a_run_is_evaluated_from_its_own_checkpoint_alone(storage: Storage, place: str) -> None:
-    from fashion.inference import evaluation
+    from fashion.inference import classifier
 
     row = dict.fromkeys(schemas.SCHEMAS["runs"].names) | RUN | {"checkpoint": place}
-    assert outcome(lambda: evaluation.check_run(storage, "a", row), "--run-id a") == "refused"
+    assert outcome(lambda: classifier.check_run(storage, "a", row), "--run-id a") == "refused"
 
 
 def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(storage: Storage) -> None:
-    from fashion.inference import evaluation
+    from fashion.inference import classifier
 
     row = dict.fromkeys(schemas.SCHEMAS["runs"].names) | RUN | {"checkpoint": "runs/a/epoch-0001"}
     for name, content in checkpoint.encode(*make("adam"), PROGRESS).items():
-        assert outcome(lambda: evaluation.check_run(storage, "a", row), "no whole checkpoint") == "refused"
+        assert outcome(lambda: classifier.check_run(storage, "a", row), "no whole checkpoint") == "refused"
         put(storage, content, "runs", "a", "epoch-0001", name)
-    assert outcome(lambda: evaluation.check_run(storage, "a", row), "model.safetensors cannot be used") == "refused"
+    assert outcome(lambda: classifier.check_run(storage, "a", row), "model.safetensors cannot be used") == "refused"

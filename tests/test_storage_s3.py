@@ -21,16 +21,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, assert_refused, prepare_archives, run_job, wait_for
 from drivers import Driver, Unbroken, assert_unharmed
+from networks import drawn_network, write_export
+from photographs import content
+from PIL import Image
 from pyarrow import fs as pafs
 
 from fashion.cluster.lock import NameLock
 from fashion.config import UserError
+from fashion.inference.classifier import Classifier
 from fashion.reports import runs, tables
 from fashion.reports.page import reading
-from fashion.storage import Storage, open_storage
+from fashion.storage import Storage, open_storage, read_parquet
 from fashion.training.checkpoint_manager import CheckpointManager
 
 MOTO = "moto[server]==5.2.5"
@@ -371,6 +378,37 @@ def test_what_it_left_is_evaluated_and_shown(remote: Storage, tmp_path: Path) ->
     done = run_job("jobs.report", "--storage", remote.uri, "--out", str(page))
     assert done.returncode == 0, done.stderr
     assert "one" in page.read_text()
+
+
+def test_images_are_predicted_from_there_to_there(remote: Storage, tmp_path: Path) -> None:
+    """Of a folder, of a glob, of Parquet, and once more: nothing is done twice. A network of a folder here."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    for number, image in enumerate(images):
+        remote.write_bytes(content(Image.fromarray(image)), "photos", "a b", f"{number}.png")
+    remote.write_bytes(b"<html>", "photos", "c.png")
+    remote.write_bytes(b"else", "photos", "notes.txt")
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": [content(Image.fromarray(image)) for image in images]}), sink)
+    remote.write_bytes(sink.getvalue(), "rows", "a.parquet")
+    model = write_export(drawn_network(), tmp_path / "model")
+    expected = Classifier.load(model=str(model)).predict(images).labels.tolist()
+    base = remote.uri.partition("?")[0]
+    for place, out, paths in (
+        ("photos", "one", [*(f"{base}/photos/a b/{number}.png" for number in range(3)), f"{base}/photos/c.png"]),
+        ("photos/*/[02].png", "two", [f"{base}/photos/a b/0.png", f"{base}/photos/a b/2.png"]),
+        ("rows/a.parquet", "three", [f"{base}/rows/a.parquet"] * 3),
+    ):
+        command = ["jobs.predict", "--images", remote.show(*place.split("/")), "--out", remote.show("predicted", out)]
+        done = run_job(*command, "--model", str(model), "--num-workers", "1")
+        assert done.returncode == 0, done.stderr
+        rows = read_parquet(remote.read_bytes("predicted", out, "part-000000.parquet"))
+        assert rows["path"].to_pylist() == paths
+        chosen = [expected[0], expected[2]] if out == "two" else expected
+        assert rows["label"].to_pylist() == [*chosen, None][: len(rows)]
+    again = run_job(*command, "--model", str(model))
+    assert "nothing to do" in again.stdout, again.stderr
+    none = run_job("jobs.predict", "--images", remote.show("none"), "--out", remote.show("x"), "--model", str(model))
+    assert_refused(none, "does not exist; name a file, a folder, a glob or a URI")
 
 
 def test_a_search_keeps_its_trials_there(remote: Storage) -> None:

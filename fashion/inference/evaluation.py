@@ -11,20 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from fashion.cluster.plan import Plan
-from fashion.config import NUM_CLASSES, RUN_ID_PATTERN, TrainConfig, UserError, require
+from fashion.config import NUM_CLASSES, TrainConfig
 from fashion.data import loading
 from fashion.data.manifest import check_same_data, load_manifest
 from fashion.data.rows import from_table, to_table
 from fashion.data.shards import StoredRows, shard_bounds
+from fashion.inference.classifier import ROWS_PER_BATCH, compute_logits, load_model
 from fashion.model.device import set_arithmetic
-from fashion.model.network import FashionCNN, place
-from fashion.reports import classification, runs, schemas, tables
+from fashion.model.network import FashionCNN
+from fashion.reports import classification, tables
 from fashion.storage import Storage, open_storage
-from fashion.training import checkpoint, loop
-from fashion.training.run import build_model, prepare_process
-
-# Batches hold the same rows for any number of workers, so every number of workers gives the same bits.
-ROWS_PER_BATCH = 500
+from fashion.training.run import prepare_process
 
 
 @dataclass(frozen=True)
@@ -66,47 +63,12 @@ def classify(stored: StoredRows, spec: ModelSpec) -> pa.Table:
     return pa.concat_tables(classify_batch(model, batch, spec.precision, device, config.tta) for batch in batches)
 
 
-def load_model(storage: Storage, folder: str, config: TrainConfig, device: torch.device) -> FashionCNN:
-    """Return the network of the checkpoint in `folder` on `device`, in evaluation mode.
-
-    Raises `checkpoint.DamagedCheckpoint` if the weights do not match their SHA-256 or the network, and `OSError` if a
-    file is missing.
-    """
-    manifest = storage.read_bytes(folder, checkpoint.MANIFEST)
-    weights = checkpoint.verified(checkpoint.WEIGHTS, manifest, storage.read_bytes(folder, checkpoint.WEIGHTS))
-    model = build_model(config, pixel_mean=0.0, pixel_std=1.0)  # the checkpoint holds the real constants
-    model.load_state_dict(checkpoint.fitting_weights(weights, model))
-    return place(model, device).eval()
-
-
-def check_run(storage: Storage, run_id: str, row: dict[str, Any]) -> TrainConfig:
-    """Return a run's settings; raises `UserError` unless its `runs` row names a checkpoint that can be loaded.
-
-    Reports may come from others, so the column `checkpoint` is accepted only if it names a folder of the run itself.
-    """
-    config = runs.config_of(storage, run_id, row)
-    folder = row["checkpoint"]
-    if not folder:
-        raise UserError(f"--run-id {run_id} has no checkpoint (status {row['status']}); train it first")
-    parent, _, name = folder.rpartition("/")
-    require(
-        parent == f"{schemas.RUNS_FOLDER}/{run_id}" and RUN_ID_PATTERN.fullmatch(name) is not None,
-        f"--run-id {run_id} names the checkpoint {folder!r}, which is none of its own; train it again",
-    )
-    try:
-        load_model(storage, folder, config, torch.device("cpu"))
-    except (checkpoint.DamagedCheckpoint, OSError) as error:
-        raise UserError(f"--run-id {run_id} has no whole checkpoint in {folder} ({error}); train it again") from error
-    return config
-
-
 @torch.inference_mode()
 def classify_batch(model: FashionCNN, batch: pa.Table, precision: str, device: torch.device, tta: str) -> pa.Table:
     """Classify one batch; return the columns that `classify` does."""
     rows = from_table(batch)
-    images = torch.from_numpy(np.array(rows.images)).unsqueeze(1).to(device)
     labels = torch.from_numpy(rows.labels.astype(np.int64)).to(device)
-    logits = loop.classify(model, images, precision=precision, device=device, tta=tta)
+    logits = compute_logits(model, rows.images, precision, device, tta)
     losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()
     return pa.table(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fashion.config import CLASS_NAMES, TrainConfig, UserError, require
 from fashion.data.manifest import Manifest, load_manifest
-from fashion.inference.evaluation import Scores, load_model
+from fashion.inference.classifier import SETTINGS, ModelFiles, load_model
+from fashion.inference.evaluation import Scores
 from fashion.model.network import FashionCNN
 from fashion.storage import Storage
 from fashion.training import checkpoint, loop
@@ -23,7 +24,7 @@ PROGRAM = "model.pt2"
 CARD = "README.md"
 
 
-class Classifier(nn.Module):
+class ExportedNetwork(nn.Module):
     """The network as evaluation runs it: images (B, 1, 28, 28) uint8, 0 to 255, to logits (B, 10) float32, on a CPU."""
 
     def __init__(self, network: FashionCNN, precision: str, tta: str) -> None:
@@ -59,9 +60,11 @@ def export(storage: Storage, run_id: str, row: dict[str, Any], scores: dict[str,
     config = TrainConfig.from_dict(json.loads(row["config_json"]))
     network = load_model(storage, row["checkpoint"], config, torch.device("cpu"))
     manifest = load_manifest(storage)
+    weights = storage.read_bytes(row["checkpoint"], checkpoint.WEIGHTS)
     files = {
-        checkpoint.WEIGHTS: storage.read_bytes(row["checkpoint"], checkpoint.WEIGHTS),
-        PROGRAM: export_program(Classifier(network, row["precision"], config.tta).eval()),
+        checkpoint.WEIGHTS: weights,
+        SETTINGS: ModelFiles(weights, config.to_dict(), row["precision"]).settings(),
+        PROGRAM: export_program(ExportedNetwork(network, row["precision"], config.tta).eval()),
         CARD: model_card(run_id, row, config, scores, manifest).encode(),
     }
     files[checkpoint.MANIFEST] = checkpoint.manifest_of(files).encode()
@@ -76,12 +79,12 @@ def export(storage: Storage, run_id: str, row: dict[str, Any], scores: dict[str,
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export_program(classifier: Classifier) -> bytes:
+def export_program(network: ExportedNetwork) -> bytes:
     """Return the file content of a `torch.export` program that takes any number of images."""
     examples = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     with torch.no_grad():
         exported = torch.export.export(
-            classifier, (examples,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+            network, (examples,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
         )
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -112,6 +115,7 @@ A classifier of 28 x 28 grey images of clothing, trained on {manifest.dataset} b
 |---|---|
 | `{PROGRAM}` | `torch.export` program: images (B, 1, 28, 28) uint8, 0 to 255, to logits (B, 10) float32, on a CPU |
 | `{checkpoint.WEIGHTS}` | its weights |
+| `{SETTINGS}` | the settings of the run and its precision, with which `fashion` loads the weights |
 | `{checkpoint.MANIFEST}` | SHA-256 of each file; written last |
 
 ```python

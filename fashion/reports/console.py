@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from fashion.config import CLASS_NAMES, printable
 
 Row = dict[str, Any]
 
@@ -199,6 +202,29 @@ def print_classes(classes: list[dict[str, Any]]) -> None:
         ratios = [f"{row[name]:.4f}" for name in ("precision", "recall", "f1")]
         table.add_row(row["name"], *ratios, str(row["support"]))
     Console(width=100).print(table)
+
+
+def print_image_predictions(
+    num_images: int, num_unreadable: int, unreadable: Sequence[Row], least: Sequence[Row]
+) -> None:
+    """Print the least certain predictions on a user's images, and why some images could not be read."""
+    if least:
+        table = Table(title=f"the {len(least)} least certain of {num_images - num_unreadable:,}")
+        for name in ("certainty", "class", "image"):
+            table.add_column(name, justify="right" if name == "certainty" else "left", overflow="fold")
+        for row in least:
+            table.add_row(f"{row['certainty']:.3f}", CLASS_NAMES[row["label"]], Text(place_of(row)))
+        Console(width=120).print(table)
+    if num_unreadable:
+        print(f"{num_unreadable:,} of {num_images:,} images could not be read:")
+        print("\n".join(f"  {printable(place_of(row))}: {row['error']}" for row in unreadable))
+        if len(unreadable) < num_unreadable:
+            print("  ... (the others are in the predictions, column error)")
+
+
+def place_of(row: Row) -> str:
+    """Return an image's path, with its row in a Parquet file if it is one."""
+    return str(row["path"]) if row["row"] is None else f"{row['path']} row {row['row']}"
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fashion.config import Precision, ScaleConfig, TrainConfig
 from fashion.distributed import trainer
 from fashion.inference import export
+from fashion.inference.classifier import SETTINGS
 from fashion.reports import tables
 from fashion.storage import Storage, open_storage
 from fashion.training.checkpoint import MANIFEST, WEIGHTS, manifest_of
@@ -60,7 +61,7 @@ def test_the_program_predicts_what_the_checkpoint_does(
     done = call_job(evaluate.main, *flags)
     assert done.returncode == 0, done.stderr
     assert f"exported: {folder}" in done.stdout
-    assert sorted(os.listdir(folder)) == sorted([export.PROGRAM, export.CARD, WEIGHTS, MANIFEST])
+    assert sorted(os.listdir(folder)) == sorted([export.PROGRAM, export.CARD, SETTINGS, WEIGHTS, MANIFEST])
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
     assert json.loads((folder / MANIFEST).read_text()) == json.loads(manifest_of(files))
 
@@ -107,7 +108,7 @@ def test_the_program_takes_any_number_of_images(images: int, tta: str) -> None:
     from fashion.training.run import build_model
 
     torch.manual_seed(0)
-    classifier = export.Classifier(build_model(TrainConfig(), 0.3, 0.4), "fp32", tta).eval()
+    classifier = export.ExportedNetwork(build_model(TrainConfig(), 0.3, 0.4), "fp32", tta).eval()
     loaded = torch.export.load(io.BytesIO(export.export_program(classifier))).module()
     batch = torch.randint(0, 256, (images, 1, 28, 28), dtype=torch.uint8)
     with torch.no_grad():

@@ -10,20 +10,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
 from documents import MAKEFILE, complaints, shell_lines
 
 from fashion.config import TrainConfig
-from fashion.reports import runs, tables
+from fashion.reports import image_predictions, runs, tables
 from fashion.reports.schemas import SCHEMAS
 from fashion.search.space import SearchConfig
 from fashion.search.stored_settings import write_settings
-from fashion.storage import open_storage
+from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
+# Their blocks build on each other: tests/jobs/test_tour.py runs them.
+RUN_WHOLE = ("docs/tour.md",)
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
@@ -42,8 +45,17 @@ def small_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert runs.stored_config(storage, "mine") == TrainConfig()
     told = {"dataset": "fashion-mnist", "dataset_sha256": "", "source_hash": ""}
     write_settings(storage, "mine", SearchConfig(), TrainConfig(), told)
+    write_small_predictions(open_storage(str(folder / "results" / "predictions")))
     (folder / "docs").symlink_to(ROOT / "docs")
     return folder
+
+
+def write_small_predictions(out: Storage) -> None:
+    """Write predictions on two images, one of which could not be read."""
+    values = np.full((2, 10), 0.1, np.float32)
+    paths, labels = pa.array(["a.png", "b.png"]), np.array([3, 0], np.uint8)
+    table = image_predictions.make_part(paths, pa.nulls(2, pa.int64()), labels, values, [None, "it is empty"])
+    image_predictions.write_part(out, 0, table)
 
 
 def example(kind: pa.DataType) -> Any:
@@ -67,7 +79,7 @@ def reader(small_reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_what_a_document_says_can_be_done(name: str) -> None:
     path = ROOT / name
-    assert complaints(path.read_text(), path.parent) == []
+    assert complaints(path.read_text(), path.parent, run_python=name not in RUN_WHOLE) == []
 
 
 def test_every_target_and_every_job_is_in_a_document() -> None:
@@ -141,6 +153,7 @@ WRONG = {
     "```sql\nSELECT 1;\nSELECT run_id FROM read_parquet('results/reports/runs/**/*.parquet') WHERE lr > 9\n```": "lr",
     "```sql\nSELECT 1 WHERE 1 = 2\n```": "finds nothing",
     "```python\nimport pandas as pd\n\npd.read_parquet('results/reports/runs')['val_acuracy']\n```": "val_acuracy",
+    "```python\nfrom fashion.inference import Clasifier\n```": "fashion.inference has no Clasifier",
     "```python\nimport torch\n\ntorch.export.lode('model.pt2')\n```": "lode",
 }
 
@@ -150,6 +163,11 @@ WRONG = {
 def test_what_is_wrong_is_found(text: str) -> None:
     (found,) = complaints(text)
     assert WRONG[text] in found
+
+
+def test_every_column_of_predictions_is_explained() -> None:
+    section = (ROOT / "docs" / "predict.md").read_text().partition("## What it writes")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) == image_predictions.SCHEMA.names
 
 
 def test_a_column_that_is_not_explained_is_found() -> None:

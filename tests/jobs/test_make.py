@@ -36,6 +36,14 @@ LINES = {
     "train RUN_ID=a LR=0.1 SOURCE=synthetic": [*TRAIN, "--run-id", "a", "--lr", "0.1", "--source", "synthetic"],
     "train ARGS=--resume NUM_WORKERS=1:2": [*TRAIN[:-1], "1:2", "--resume"],
     "evaluate RUN_ID=a EXPORT=/model": [*EVALUATE, "--num-workers", "2", "--export", "/model"],
+    "predict RUN_ID=a IMAGES=s3://b/*.png PREDICTIONS=/o PHOTO=yes USE_GPU=no": [
+        *("jobs.predict", "--storage", "/s", "--images", "s3://b/*.png", "--out", "/o", "--run-id", "a", "--photo"),
+        *("--num-workers", "2", "--use-gpu", "no"),
+    ],
+    "predict MODEL=/m IMAGES=/i PREDICTIONS=s3://b/o COLUMN=x": [
+        *("jobs.predict", "--storage", "/s", "--images", "/i", "--out", "s3://b/o", "--model", "/m", "--column", "x"),
+        *("--num-workers", "2"),
+    ],
     "prepare": ["jobs.prepare", "--storage", "/s"],
     "prepare SOURCE=synthetic VAL_ROWS=100 SEED=1": [
         *("jobs.prepare", "--storage", "/s"),
@@ -75,11 +83,18 @@ def test_a_submitted_job_is_given_one_source_and_a_folder_in_full(
     assert " ".join(words) == " ".join(["fashion.cluster.head", "submit", *TRAIN, *expected])
 
 
-def test_evaluate_asks_for_a_run() -> None:
-    done = make("evaluate", "RUN=echo")
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("evaluate", "no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine"),
+        ("predict", "no IMAGES are given; name them, as in: make predict RUN_ID=mine IMAGES=folder"),
+    ],
+)
+def test_a_target_asks_for_what_it_needs(target: str, told: str) -> None:
+    done = make(target, "RUN=echo")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines()[0] == "error: no RUN_ID is given; name the run, as in: make evaluate RUN_ID=mine"
+    assert done.stderr.splitlines()[0] == f"error: {told}"
 
 
 @pytest.fixture
@@ -163,7 +178,8 @@ TARGETS = {
     "submit-train": "storage source",
     "submit-tune": "storage source",
     "evaluate": "storage export",
-    "report": "storage out csv",
+    "predict": "storage images out model",
+    "report": "storage out csv predictions",
     "bench": "storage",
 }
 
@@ -173,7 +189,8 @@ def test_every_target_hands_on_paths_as_they_are(clone: Path, target: str) -> No
     for sign in SIGNS if target in ("train", "report") else SIGNS[:4]:
         value = f"d/{sign}/x{sign}" if sign != "-dash" else sign
         flags = dict.fromkeys(TARGETS[target].split(), value)
-        given = [f"{name.upper()}={value}" for name in flags]
+        others = {"out": "PREDICTIONS"} if target == "predict" else {}
+        given = [f"{others.get(name, name.upper())}={value}" for name in flags]
         done = in_clone(clone, target, "RUN_ID=a", *given)
         assert done.returncode == 0, done.stderr
         for name in flags:
@@ -202,7 +219,9 @@ def test_quickstart_keeps_paths_whole_over_all_its_commands(clone: Path) -> None
     assert (clone / "o p").is_dir()
 
 
-@pytest.mark.parametrize("name", ["STORAGE", "SOURCE", "OUT", "EXPORT", "CSV", "RUN_ID"])
+@pytest.mark.parametrize(
+    "name", ["STORAGE", "SOURCE", "OUT", "EXPORT", "CSV", "IMAGES", "PREDICTIONS", "MODEL", "RUN_ID"]
+)
 def test_a_line_break_is_refused_by_name(clone: Path, name: str) -> None:
     done = in_clone(clone, "train", f"{name}=a\nb")
     assert done.returncode == 2

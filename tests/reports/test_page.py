@@ -18,6 +18,7 @@ from typing import Any
 
 import forms
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,9 +26,10 @@ from conftest import run_job, split_paths
 
 from fashion.config import UserError
 from fashion.data import preparation, sources, synthetic
+from fashion.data.images.reading import read_again
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
-from fashion.reports import classification, tables
+from fashion.reports import classification, image_predictions, tables
 from fashion.reports.page import build, findings, predictions, reading, runs, searches, studies
 from fashion.reports.page.content import Details, Figure, Panel, Table
 from fashion.reports.page.drawing import matplotlib_png, plotly_json
@@ -786,3 +788,80 @@ def test_a_click_sorts_a_table_and_words_filter_it(storage: Storage, tmp_path: P
     assert found["filtered"] == ["run-3", "run-5"]
     assert found["note"] == "2 of 14 rows"
     assert json.loads(unescape(values["counts"])) == [15, False, 20, True]
+
+
+# --- predictions on a user's images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def predicted(tmp_path: Path) -> tuple[Storage, list[np.ndarray]]:
+    """Predictions on 30 image files, the first of which was removed since; another one could not be read."""
+    photos, images = tmp_path / "my photos", list(np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8))
+    photos.mkdir()
+    for number, image in enumerate(images):
+        PIL.Image.fromarray(image).save(photos / f"{number:02}.png")
+    (photos / "00.png").unlink()
+    (photos / f"{NASTY.replace('/', '')}.png").write_bytes(b"")
+    paths = [f"{photos}/{number:02}.png" for number in range(30)] + [f"{photos}/{NASTY.replace('/', '')}.png"]
+    values = np.full((31, 10), 0.01, np.float32)
+    values[:, 3] = 0.3 + 0.02 * np.arange(31)
+    out = open_storage(str(tmp_path / "predictions"))
+    manifest = image_predictions.Manifest(
+        images=f"{photos}{NASTY}",
+        num_images=31,
+        listing_sha256="",
+        model="mine",
+        model_sha256="",
+        photo=False,
+        column="",
+    )
+    errors = [None] * 30 + ["it is empty"]
+    labels = np.full(31, 3, np.uint8)
+    table = image_predictions.make_part(pa.array(paths), pa.nulls(31, pa.int64()), labels, values, errors)
+    image_predictions.write_manifest(out, manifest)
+    image_predictions.write_part(out, 0, table)
+    return out, images
+
+
+def test_predictions_on_a_users_images_get_a_section(
+    full: Storage, predicted: tuple[Storage, list[np.ndarray]]
+) -> None:
+    out, images = predicted
+    page = build.make_page(full, reading.load_reports(full), out.uri, with_pngs=False)
+    reader = Reader(page.html)
+    assert "Predictions on your images" in reader.text
+    assert "31 of 31 images of" in reader.text and "1 could not be read" in reader.text
+    assert re.search(r"Dress\n+30\n+100.0%", reader.text)
+    assert NASTY not in page.html and "onerror" not in str(reader.tags)
+    section = page.html[page.html.index('id="your-images"') :].partition("</section>")[0]
+    shown = [
+        np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
+        for data in re.findall(r'src="data:image/png;base64,([^"]+)"', section)
+    ]
+    assert len(shown) == predictions.MAX_LEAST_CERTAIN
+    assert (shown[0] == 128).all(), "it is gone"
+    assert all(np.array_equal(*pair) for pair in zip(shown[1:], images[1:], strict=False))
+    assert re.findall(r"Dress (\d+\.\d)%<br>(\d+)\.png", section)[:2] == [("30.0", "00"), ("32.0", "01")]
+    assert "not shown: it cannot be opened (No such file or directory)" in section
+    assert list(build.png_files([predictions.image_predictions_section(out.uri)])) == ["least-certain"]
+
+
+def test_rows_of_parquet_are_shown_too(full: Storage, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"pixels": pa.array([bytes(784), image.tobytes()], pa.binary(784))}), path)
+    found = read_again(str(path), 1, images=str(path), column="pixels", photo=False)
+    assert np.array_equal(found, image)
+    assert read_again(str(path), 2, images=str(path), column="pixels", photo=False) == "its row is not there"
+    path.write_bytes(b"")
+    told = read_again(str(path), 1, images=str(path), column="pixels", photo=False)
+    assert isinstance(told, str) and "rows.parquet cannot be read" in told
+
+
+@pytest.mark.parametrize(("name", "told"), [("none", "holds no predictions"), ("file", "is a file; name")])
+def test_a_folder_without_predictions_is_refused(full: Storage, tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        build.build_page(full, tmp_path / "page.html", predictions=str(tmp_path / name))
+    assert "--predictions" in str(error.value) and told in str(error.value)
+    assert not (tmp_path / "page.html").exists()

@@ -15,7 +15,7 @@ from fashion.config import UserError, require
 from fashion.reports.page.content import Figure, Images, Row, Section, SideBySide, pluralize
 from fashion.reports.page.drawing.matplotlib_png import contact_sheet_png, encode_gray_png, figure_png
 from fashion.reports.page.drawing.plotly_json import panel_json, plotly_js, plotly_js_base64
-from fashion.reports.page.predictions import predictions_sections
+from fashion.reports.page.predictions import image_predictions_section, predictions_sections
 from fashion.reports.page.reading import Reports, is_stand_in, load_reports
 from fashion.reports.page.runs import curves_section, hardware_section, runs_section
 from fashion.reports.page.searches import search_section
@@ -33,17 +33,20 @@ class Page:
     pngs: dict[str, bytes]
 
 
-def build_page(storage: Storage, out: Path, *, png: Path | None = None, run_ids: Sequence[str] = ()) -> list[Path]:
+def build_page(
+    storage: Storage, out: Path, *, png: Path | None = None, run_ids: Sequence[str] = (), predictions: str = ""
+) -> list[Path]:
     """Write the page of a storage's reports to `out` and, with `png`, every figure as a PNG file to that folder.
 
-    `run_ids` restricts the page to these runs, searches or studies. Returns the files written. Raises `UserError`
+    `run_ids` restricts the page to these runs, searches or studies; `predictions` is a folder of predictions on a
+    user's images, which get a section. Returns the files written. Raises `UserError`
     if there are no reports, a run does not exist, a report is damaged, or a file cannot be written; the page is
     written after the PNG files.
     """
     require(out.parent.is_dir(), f"--out {out}: the folder {out.parent} does not exist; make it or name another")
     require(not out.is_dir(), f"--out {out} is a folder; name a file")
     require(png is None or png.is_dir() or not png.exists(), f"--png {png} is a file; name a folder")
-    page = make_page(storage, load_reports(storage, run_ids), with_pngs=png is not None)
+    page = make_page(storage, load_reports(storage, run_ids), predictions, with_pngs=png is not None)
     files = {} if png is None else {png / f"{name}.png": content for name, content in page.pngs.items()}
     files[out] = page.html.encode()
     for path, content in files.items():
@@ -55,13 +58,15 @@ def build_page(storage: Storage, out: Path, *, png: Path | None = None, run_ids:
     return list(files)
 
 
-def make_page(storage: Storage, reports: Reports, *, with_pngs: bool) -> Page:
+def make_page(storage: Storage, reports: Reports, predictions: str = "", *, with_pngs: bool) -> Page:
     """Return the page and, if wanted, the PNG files of its figures."""
     sections = [runs_section(reports.runs)] if reports.runs else []
     if any(reports.epochs.get(row["run_id"]) for row in reports.runs):
         sections.append(curves_section(reports))
     sections += [study_section(number, *study) for number, study in enumerate(reports.studies.items(), start=1)]
     sections += predictions_sections(storage, reports.runs)
+    if predictions:
+        sections.append(image_predictions_section(predictions))
     sections += [search_section(number, search) for number, search in enumerate(reports.searches, start=1)]
     if reports.runs:
         sections.append(hardware_section(reports.runs))

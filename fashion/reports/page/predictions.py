@@ -7,9 +7,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError
+from fashion.config import CLASS_NAMES, IMAGE_SIZE, NUM_CLASSES, UserError
 from fashion.data import loading
+from fashion.data.images.reading import read_again
 from fashion.data.manifest import find_manifest
+from fashion.reports import image_predictions
+from fashion.reports.console import place_of
 from fashion.reports.page.content import (
     BLACK,
     BLUE,
@@ -17,6 +20,7 @@ from fashion.reports.page.content import (
     Block,
     Column,
     ConfusionMatrix,
+    Details,
     Figure,
     Image,
     Images,
@@ -33,9 +37,10 @@ from fashion.reports.page.content import (
 )
 from fashion.reports.page.reading import read_files, read_run_rows
 from fashion.reports.page.runs import run_title
-from fashion.storage import Storage
+from fashion.storage import Storage, open_storage
 
 MAX_MISTAKES = 24
+MAX_LEAST_CERTAIN = 24
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,51 @@ def confusion_section(storage: Storage, run: Row, split: str, cells: Sequence[Ro
     classes = [row for row in read_run_rows(storage, "classes", run["run_id"]) if row["split"] == split]
     blocks: list[Block] = [SideBySide([matrix, class_figure(classes)]), class_table(classes)] if classes else [matrix]
     return Section("classes-of-run", f"Predictions of {run_title(run)} on {split}", blocks)
+
+
+def image_predictions_section(folder: str) -> Section:
+    """Show a folder of predictions on a user's images: how many of each class, and the least certain as the network
+    saw them, read again from where they lie.
+
+    Raises `UserError` if the folder holds no predictions, or damaged ones.
+    """
+    out = open_storage(folder, "--predictions")
+    manifest = image_predictions.load_manifest(out)
+    if manifest is None:
+        raise UserError(f"--predictions {folder} holds no predictions; name a folder that jobs.predict has written")
+    summary = image_predictions.summarise(out, manifest.num_parts, MAX_LEAST_CERTAIN)
+    predicted = summary.num_images - summary.num_unreadable
+    text = (
+        f"{summary.num_images:,} of {pluralize(manifest.num_images, 'image')} of {manifest.images} by {manifest.model}"
+    )
+    text += f", of which {summary.num_unreadable:,} could not be read." if summary.num_unreadable else "."
+    counts = [
+        TableRow([name, f"{count:,}", f"{count / max(predicted, 1):.1%}"])
+        for name, count in zip(CLASS_NAMES, summary.class_counts, strict=True)
+    ]
+    blocks: list[Block] = [text, Table([Column("class", number=False), Column("images"), Column("share")], counts)]
+    if summary.least_certain:
+        blocks += [
+            f"The {len(summary.least_certain)} least certain, as the network saw them: class, certainty, file.",
+            Images(
+                "least-certain", "The least certain", [certainty_image(row, manifest) for row in summary.least_certain]
+            ),
+        ]
+    if summary.unreadable:
+        rows = [TableRow([place_of(row), row["error"]]) for row in summary.unreadable]
+        table = Table([Column("image", number=False), Column("why", number=False)], rows)
+        blocks.append(Details(f"{len(rows)} of the images that could not be read", table))
+    return Section("your-images", "Predictions on your images", blocks)
+
+
+def certainty_image(row: Row, manifest: image_predictions.Manifest) -> Image:
+    """Return an image with its class, certainty and file name; a grey square where it cannot be read any more."""
+    pixels = read_again(row["path"], row["row"], images=manifest.images, column=manifest.column, photo=manifest.photo)
+    name = place_of(row).rpartition("/")[2]
+    lines = [f"{CLASS_NAMES[row['label']]} {row['certainty']:.1%}", name]
+    if isinstance(pixels, str):
+        return Image(np.full((IMAGE_SIZE, IMAGE_SIZE), 128, np.uint8), [*lines, f"not shown: {pixels}"])
+    return Image(pixels, lines)
 
 
 def class_table(classes: Sequence[Row]) -> Table:
