@@ -34,10 +34,11 @@ def main(argv: Sequence[str]) -> None:
     """Parse, predict what is not predicted yet, print the least certain."""
     flags = cli.parse(Flags, argv, prog="python -m jobs.predict", description=__doc__ or "")
     from fashion.cluster.nodes import NodesNotUp
+    from fashion.data.images import predictions as image_predictions
     from fashion.data.images.listing import list_images
     from fashion.inference import prediction
     from fashion.inference.classifier import find_model
-    from fashion.reports import console, image_predictions
+    from fashion.reports import console
     from fashion.storage import open_storage
 
     files = find_model(flags.storage, flags.run_id, flags.model)

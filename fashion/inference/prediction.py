@@ -17,10 +17,10 @@ from fashion.cluster.nodes import wait_for_room
 from fashion.cluster.plan import Workers, choose_workers, live_nodes
 from fashion.config import IMAGE_SIZE, ScaleConfig, require
 from fashion.data.images.listing import Listing
+from fashion.data.images.predictions import ROWS_PER_PART, Manifest, make_part, write_manifest, write_part
 from fashion.data.images.reading import read_images
 from fashion.data.loading import telling_damage
 from fashion.inference.classifier import Classifier, ModelFiles
-from fashion.reports.image_predictions import ROWS_PER_PART, Manifest, make_part, write_manifest, write_part
 from fashion.reports.progress import ImageProgress
 from fashion.storage import Storage
 from fashion.training.run import prepare_process

@@ -20,11 +20,11 @@ from PIL import Image
 
 from fashion.config import CLASS_NAMES, ScaleConfig, TrainConfig
 from fashion.data.archives import read_pair
+from fashion.data.images import predictions as parts
 from fashion.data.images.decoding import decode_image
 from fashion.distributed import trainer
 from fashion.inference import prediction
 from fashion.inference.classifier import Classifier
-from fashion.reports import image_predictions as parts
 from fashion.reports import tables
 from fashion.storage import Storage, open_storage
 from jobs import evaluate, predict

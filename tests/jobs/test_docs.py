@@ -17,7 +17,8 @@ from conftest import ROOT
 from documents import MAKEFILE, complaints, shell_lines
 
 from fashion.config import TrainConfig
-from fashion.reports import image_predictions, runs, tables
+from fashion.data.images import predictions as image_predictions
+from fashion.reports import runs, tables
 from fashion.reports.schemas import SCHEMAS
 from fashion.search.space import SearchConfig
 from fashion.search.stored_settings import write_settings

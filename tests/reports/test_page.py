@@ -26,10 +26,11 @@ from conftest import run_job, split_paths
 
 from fashion.config import UserError
 from fashion.data import preparation, sources, synthetic
+from fashion.data.images import predictions as image_predictions
 from fashion.data.images.reading import read_again
 from fashion.data.manifest import Manifest, load_manifest
 from fashion.data.rows import Split
-from fashion.reports import classification, image_predictions, tables
+from fashion.reports import classification, tables
 from fashion.reports.page import build, findings, predictions, reading, runs, searches, studies
 from fashion.reports.page.content import Details, Figure, Panel, Table
 from fashion.reports.page.drawing import matplotlib_png, plotly_json

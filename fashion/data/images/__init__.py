@@ -1,1 +1,1 @@
-"""A user's own images: files found and listed, read, and made into 28 x 28 grey pixels."""
+"""A user's own images: listed, read, made into 28 x 28 grey pixels; and folders of predictions on them."""

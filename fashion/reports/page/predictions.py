@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fashion.config import CLASS_NAMES, IMAGE_SIZE, NUM_CLASSES, UserError
 from fashion.data import loading
+from fashion.data.images import predictions as image_predictions
 from fashion.data.images.reading import read_again
 from fashion.data.manifest import find_manifest
-from fashion.reports import image_predictions
 from fashion.reports.console import place_of
 from fashion.reports.page.content import (
     BLACK,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from fashion.config import CLASS_NAMES, UserError
-from fashion.reports import image_predictions as parts
+from fashion.data.images import predictions as parts
 from fashion.storage import Storage, open_storage
 
 ERRORS = {3: "it is empty", 1500: "it is damaged"}
