@@ -111,7 +111,7 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
     Raises `UserError` if a file is damaged or cannot be read.
     """
     for folder in (run_id, f"{OLD_PREFIX}{run_id}"):
-        places = [
+        places: list[tuple[str, ...]] = [
             (REPORTS_FOLDER, table, folder, name) for name in parquet_names(storage, REPORTS_FOLDER, table, folder)
         ]
         if places:

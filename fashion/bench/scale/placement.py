@@ -21,7 +21,7 @@ from fashion.bench.scale import growth, reporting
 from fashion.cluster import connection
 from fashion.config import require
 from fashion.distributed import worker
-from fashion.distributed.lean_trainer import LeanTrainer
+from fashion.distributed.trainers import make_engine, run_config
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.search.plan import NESTED_TRIAL_BYTES, TrialLimit
 from fashion.search.space import SearchConfig, SearchScale
@@ -131,11 +131,12 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
     """Run the search; return the row of the table."""
     config = SearchConfig(num_samples=flags.trials, max_epochs=flags.epochs, workers_per_trial=flags.workers)
     limit = TrialLimit(config, SearchScale(), has_autoscaler=False)
-    reporter = reporting.Reporter(storage.uri, SEARCH_ID, flags.epochs, flags.epoch_s, saves=True)
+    engine = make_engine() if flags.workers > 1 else None
+    reporter = reporting.Reporter(storage.uri, SEARCH_ID, flags.epochs, flags.epoch_s, saves=True, engine=engine)
     trainable = reporting.trainable(reporter) if flags.workers == 1 else trainable_with_workers(reporter, flags)
     with growth.unseen():
         done = reporting.run_search(
-            storage, SEARCH_ID, config, trainable, limit, others=[Watcher(usage, flags.epoch_s)]
+            storage, SEARCH_ID, config, trainable, limit, engine=engine, others=[Watcher(usage, flags.epoch_s)]
         )
     places = flags.nodes * flags.cpus // flags.workers
     left = (flags.nodes - flags.nodes // 3) * flags.cpus // flags.workers
@@ -169,24 +170,22 @@ def trainable_with_workers(reporter: reporting.Reporter, flags: Flags) -> Any:
 def train_with_workers(point: dict[str, Any], *, reporter: reporting.Reporter, workers: int) -> None:
     """Run a trial as `trial.train_with_workers` does, with workers that sleep."""
     storage = open_storage(reporter.uri)
-    LeanTrainer(
+    assert reporter.engine is not None, "trials of several workers have one"
+    place = storage.path(SEARCHES_FOLDER, SEARCH_ID, point[TRIAL])
+    reporter.engine.train(
         sleep_and_report,
-        train_loop_config={"point": point, "reporter": reporter},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
-            storage_path=storage.path(SEARCHES_FOLDER, SEARCH_ID, point[TRIAL]),
-            callbacks=[TuneReporter()],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    ).fit()
+        {"point": point, "reporter": reporter},
+        ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config("WARNING", name=CHECKPOINTS, storage_path=place, callbacks=[TuneReporter()]),
+        {},
+    )
 
 
 def sleep_and_report(settings: dict[str, Any]) -> None:
     """Sleep and report on each worker of a trial."""
     reporter, point = settings["reporter"], settings["point"]
     if ray.train.get_context().get_world_rank() == 0:
-        worker.publish_placement_group(f"{SEARCH_ID}/{point[TRIAL]}")
+        worker.publish_placement_group(reporter.engine, f"{SEARCH_ID}/{point[TRIAL]}")
     for epoch in range(1, reporter.max_epochs + 1):
         time.sleep(reporter.epoch_s)
         ray.train.report(reporting.metrics_of(point, epoch))

@@ -16,6 +16,7 @@ from pyarrow import fs as pafs
 from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion.config import TrainConfig
+from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
 from fashion.search import search
 from fashion.search.callbacks import SearchCallback
@@ -40,6 +41,8 @@ class Reporter:
     epoch_s: float = 0.0
     saves: bool = False
     """Whether it writes a checkpoint before each report and goes on from one."""
+    engine: Engine | None = None
+    """What trains a trial of several workers."""
 
 
 def report_epochs(point: dict[str, Any], *, reporter: Reporter) -> None:
@@ -145,11 +148,12 @@ def run_search(
     limit: Callable[[int], int],
     *,
     keeps: bool = True,
+    engine: Engine | None = None,
     others: Sequence[ray.tune.Callback] = (),
 ) -> Outcome:
     """Run a search, or go on with one, as `search.search` does; without `keeps`, Tune runs alone and keeps nothing.
 
-    `others` are callbacks in addition to the search's own.
+    `engine` trains trials of several workers; `others` are callbacks in addition to the search's own.
     """
     store = trial_store(storage, search_id, config)
     if store.trials:
@@ -159,7 +163,7 @@ def run_search(
         started = time.perf_counter()
         search.build_tuner(storage, search_id, store, points, trainable, limit, []).fit()
         return Outcome(store, time.perf_counter() - started, {})
-    callback = TimedCallback(SearchCallback(storage, search_id, store, engine=None))
+    callback = TimedCallback(SearchCallback(storage, search_id, store, engine))
     callbacks: list[ray.tune.Callback] = [callback, *others]
     if isinstance(storage.fs, pafs.LocalFileSystem):
         callbacks.append(TBXLoggerCallback())

@@ -224,6 +224,13 @@ def join_lines(name: str, style: Style, lines: Iterable[Line], *, points: bool =
     )
 
 
+def range_of(series: Sequence[Series]) -> tuple[float, float]:
+    """Return the range of an axis that shows all x values of some series, and 0, with a margin."""
+    values = [0.0, *(x for one in series for x in one.x if x is not None)]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
+
+
 def bar_style(style: Style) -> Style:
     """Return the style of a horizontal bar: a thick line. Dots and dash-dots stay; dashes would look like gaps."""
     return Style(style.colour, dash="solid" if style.dash == "dash" else style.dash, width=9)

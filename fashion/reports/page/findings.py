@@ -26,6 +26,7 @@ from fashion.reports.page.content import (
     format_value,
     is_finite,
     join_lines,
+    range_of,
 )
 from fashion.reports.page.reading import Search
 from fashion.reports.page.runs import val_losses
@@ -158,13 +159,6 @@ def importance_figure(number: int, rows: Sequence[Row]) -> Figure | None:
         "loss is that from its lowest to the last epoch, over the trials that ran every epoch."
     )
     return Figure(name=f"search-{number}-importance", title="What mattered", caption=caption, panels=panels)
-
-
-def range_of(series: Sequence[Series]) -> tuple[float, float]:
-    """Return the range of an axis that shows all x values of some series, and 0, with a margin."""
-    values = [0.0, *(x for one in series for x in one.x if x is not None)]
-    margin = 0.06 * (max(values) - min(values)) or 1.0
-    return min(values) - margin, max(values) + margin
 
 
 def effect_series(

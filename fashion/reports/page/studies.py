@@ -23,6 +23,7 @@ from fashion.reports.page.content import (
     format_value,
     is_finite,
     join_lines,
+    range_of,
 )
 from fashion.reports.page.reading import read_config
 
@@ -113,6 +114,7 @@ def effects_figure(number: int, study_id: str, rows: Sequence[Row]) -> Figure | 
         x_title="difference of accuracy, percentage points",
         series=[one for one in series if one.x],
         vertical_lines=[VerticalLine(0, "no difference", GREY, "dot")],
+        x_range=range_of(series),
         y_ticks={place[id(row)]: f"{row['part']}: {row['arm']}" for row in compared},
         y_range=(0.3, len(compared) + 1.2),
         height=bar_chart_height(len(compared)),

@@ -38,7 +38,8 @@ def main_effects(settings: Sequence[Setting], figure: NDArray[np.float64]) -> di
     best and the worst are compared after a look at the figures, so that their interval is too narrow.
     """
     levels = {each.name: each.levels() for each in settings}
-    columns, owners = [np.ones(len(figure))], [("", 0)]
+    columns: list[NDArray[np.float64]] = [np.ones(len(figure))]
+    owners = [("", 0)]
     for name, (level, names) in levels.items():
         for number in range(1, len(names)):
             columns.append((level == number).astype(np.float64))
