@@ -118,8 +118,8 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
             break
     else:
         search_id = run_id.rpartition("-")[0]
-        is_trial = search_id and table in SEARCH_TABLES
-        places = [(REPORTS_FOLDER, table, f"{search_id}{SUFFIX}")] if is_trial else []
+        if search_id and table in SEARCH_TABLES:
+            places = [(REPORTS_FOLDER, table, f"{search_id}{SUFFIX}")]
     found = [row for place in places if (rows := run_rows(storage, run_id, *place)) for row in rows]
     return [{name: value for name, value in row.items() if name != RUN_ID.name} for row in found]
 
