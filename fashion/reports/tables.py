@@ -110,17 +110,15 @@ def read_table(storage: Storage, table: str, run_id: str) -> list[dict[str, Any]
 
     Raises `UserError` if a file is damaged or cannot be read.
     """
+    places: list[tuple[str, ...]] = []
     for folder in (run_id, f"{OLD_PREFIX}{run_id}"):
-        places: list[tuple[str, ...]] = [
-            (REPORTS_FOLDER, table, folder, name) for name in parquet_names(storage, REPORTS_FOLDER, table, folder)
-        ]
-        if places:
-            break
-    else:
-        search_id = run_id.rpartition("-")[0]
-        is_trial = search_id and table in SEARCH_TABLES
-        places = [(REPORTS_FOLDER, table, f"{search_id}{SUFFIX}")] if is_trial else []
-    found = [row for place in places if (rows := run_rows(storage, run_id, *place)) for row in rows]
+        if not places:
+            path = (REPORTS_FOLDER, table, folder)
+            places = [(*path, name) for name in parquet_names(storage, *path)]
+    search_id = run_id.rpartition("-")[0]
+    if not places and search_id and table in SEARCH_TABLES:
+        places = [(REPORTS_FOLDER, table, f"{search_id}{SUFFIX}")]
+    found = [row for place in places for row in run_rows(storage, run_id, *place)]
     return [{name: value for name, value in row.items() if name != RUN_ID.name} for row in found]
 
 

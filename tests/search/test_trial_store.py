@@ -257,10 +257,11 @@ def test_a_crash_at_any_moment_loses_the_newest_events_alone(tmp_path: Path) -> 
         store = open_store(storage)
         found = without_times(store.trials)
         reached = max(count for count, state in enumerate(expected) if state == found and count >= reached)
-        if number % 3 == 0:  # resumed, it is interrupted before anything happens, and resumed again
-            for _ in range(2):
-                with open_store(storage) as store:
-                    pass
+        if number % 4:
+            continue  # that the others go on as well would take long to see
+        for _ in range(2):  # resumed, it is interrupted before anything happens, and resumed again
+            with open_store(storage) as store:
+                pass
         assert without_times(store.trials) == found
         with open_store(storage) as store:
             call(store, CALLS[reached:])

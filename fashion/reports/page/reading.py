@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -40,20 +41,20 @@ class Search:
     findings: Sequence[Row] = ()
     """The search's rows of `importance`, the most important setting first; none of a search that is not over."""
 
-    @property
+    @cached_property
     def best(self) -> Row | None:
         """The trial with the highest val accuracy among those that did not fail; None if there is none."""
         valid = [trial for trial in self.trials if trial["status"] not in ("diverged", "error")]
         scored = [trial for trial in valid if is_finite(trial["val_accuracy"])]
         return max(scored, key=lambda trial: float(trial["val_accuracy"]), default=None)
 
-    @property
+    @cached_property
     def max_epochs(self) -> int:
         """Epochs of a trial that is not stopped: the largest `max_epochs` or `epochs_done` of any trial."""
         recorded = [trial["max_epochs"] for trial in self.trials if trial.get("max_epochs")]
         return int(max([*recorded, *(trial["epochs_done"] or 0 for trial in self.trials)]))
 
-    @property
+    @cached_property
     def rungs(self) -> list[int]:
         """Epochs at which ASHA compared trials: all values of `rung`, the last rung that a trial reached."""
         return sorted({int(trial["rung"]) for trial in self.trials if trial["rung"]})
