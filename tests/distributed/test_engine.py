@@ -52,15 +52,16 @@ def test_internals_are_used_under_a_ray_that_they_were_tested_with(
     assert not tiny_storage.exists("runs", "never")
 
 
-def has_checkpoint(storage: Storage, run_id: str) -> bool:
-    return CheckpointManager(storage, ("runs", run_id), newest=2).newest_whole()[0] is not None
-
-
 def begun(storage: Storage, run_id: str) -> Driver:
-    """Return a driver of a run that has a checkpoint."""
+    """Return a driver of a run that has made a checkpoint since it was started."""
+    before = newest(storage, run_id)
     driver = Driver(storage, run_id, every_s=0)
-    driver.wait_for(lambda: has_checkpoint(storage, run_id))
+    driver.wait_for(lambda: newest(storage, run_id) not in (None, before))
     return driver
+
+
+def newest(storage: Storage, run_id: str) -> str | None:
+    return CheckpointManager(storage, ("runs", run_id), newest=2).newest_whole()[0]
 
 
 def test_a_run_goes_on_to_the_same_bits_whoever_ends_it(tiny_storage: Storage) -> None:
@@ -72,7 +73,7 @@ def test_a_run_goes_on_to_the_same_bits_whoever_ends_it(tiny_storage: Storage) -
     assert "continue with --run-id engine-one --resume" in said
     assert load_run(tiny_storage, "engine-one")["status"] == "interrupted"
     driver = begun(tiny_storage, "engine-one")
-    driver.wait_for(driver.workers)[0].kill()
+    driver.workers()[0].kill()
     said = driver.wait()
     assert driver.process.returncode == 0, said
     assert " failed: " in said
