@@ -48,7 +48,7 @@ def main_effects(settings: Sequence[Setting], figure: NDArray[np.float64]) -> di
     freedom = len(figure) - design.shape[1]
     if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
         return {}
-    weights: NDArray[np.float64] = np.linalg.lstsq(design, figure, rcond=None)[0]
+    weights = np.asarray(np.linalg.lstsq(design, figure, rcond=None)[0], np.float64)
     residuals = figure - design @ weights
     covariance = np.linalg.inv(design.T @ design) * float(residuals @ residuals) / freedom
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
