@@ -11,7 +11,7 @@ class Part:
 
     preset: str
     """Recipe that all arms start from."""
-    arms: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, Any]]
     """For each arm, by name, the settings that differ from the preset."""
     epochs: int = 0
     """Epochs of every run; 0 takes those of the preset."""
@@ -19,13 +19,13 @@ class Part:
 
 PARTS: dict[str, Part] = {
     # The article's recipe, for enough epochs to see val loss rise, which the article reports from epoch 10 on.
-    "seed": Part(preset="seed", arms={"seed": {}}, epochs=12),
+    "seed": Part(preset="seed", settings={"seed": {}}, epochs=12),
     # The article's four proposals against overfitting: dropout, learning rate, depth, padding. The first two start from
     # its own recipe, which is the one that overfits.
     "dropout": Part(
         preset="seed",
         epochs=12,
-        arms={
+        settings={
             "published": {},
             "less": {"dropout_conv": 0.1, "dropout_fc": 0.25},
             "more": {"dropout_conv": 0.35, "dropout_fc": 0.65},
@@ -34,15 +34,15 @@ PARTS: dict[str, Part] = {
     "lr": Part(
         preset="seed",
         epochs=12,
-        arms={"published": {}, "third": {"lr": 3e-4}, "tenth": {"lr": 1e-4}, "falling": {"schedule": "one-cycle"}},
+        settings={"published": {}, "third": {"lr": 3e-4}, "tenth": {"lr": 1e-4}, "falling": {"schedule": "one-cycle"}},
     ),
     "depth": Part(
-        preset="default", arms={"vgg": {}, "deep": {"depth": "deep"}, "deep-bn": {"depth": "deep-bn"}}, epochs=8
+        preset="default", settings={"vgg": {}, "deep": {"depth": "deep"}, "deep-bn": {"depth": "deep-bn"}}, epochs=8
     ),
     "padding": Part(
         preset="default",
         epochs=8,
-        arms={
+        settings={
             "zeros": {},
             "replicate": {"padding": "replicate"},
             "reflect": {"padding": "reflect"},
@@ -54,7 +54,7 @@ PARTS: dict[str, Part] = {
     "augmentation": Part(
         preset="default",
         epochs=8,
-        arms={
+        settings={
             "none": {"flip": "none"},
             "flip": {"flip": "random"},
             "alternating": {"flip": "alternating"},
@@ -65,11 +65,11 @@ PARTS: dict[str, Part] = {
     "smoothing": Part(
         preset="default",
         epochs=8,
-        arms={"none": {"label_smoothing": 0.0}, "5": {"label_smoothing": 0.05}, "10": {"label_smoothing": 0.1}},
+        settings={"none": {"label_smoothing": 0.0}, "5": {"label_smoothing": 0.05}, "10": {"label_smoothing": 0.1}},
     ),
-    "ema": Part(preset="default", arms={"none": {}, "999": {"ema_decay": 0.999}}, epochs=8),
-    "tta": Part(preset="default", arms={"none": {}, "flip": {"tta": "flip"}}, epochs=8),
+    "ema": Part(preset="default", settings={"none": {}, "999": {"ema_decay": 0.999}}, epochs=8),
+    "tta": Part(preset="default", settings={"none": {}, "flip": {"tta": "flip"}}, epochs=8),
     # The recipes that resulted from the study.
-    "best": Part(preset="best", arms={"best": {}}),
-    "best-deep": Part(preset="best-deep", arms={"best-deep": {}}),
+    "best": Part(preset="best", settings={"best": {}}),
+    "best-deep": Part(preset="best-deep", settings={"best-deep": {}}),
 }

@@ -47,7 +47,7 @@ class Study:
     def config(self, part: str, arm: str, seed: int) -> TrainConfig:
         """Return the settings of one run."""
         recipe = self.parts[part]
-        config = replace(preset(recipe.preset), **recipe.arms[arm], seed=seed)
+        config = replace(preset(recipe.preset), **recipe.settings[arm], seed=seed)
         epochs = self.epochs or recipe.epochs or config.epochs
         return replace(config, epochs=epochs, max_train_rows=self.max_train_rows or config.max_train_rows)
 
@@ -73,7 +73,7 @@ def run_study(
     for name, part in study.parts.items():
         # All arms of a seed before the next seed, so that an interrupted study has pairs to compare.
         for seed in range(study.seeds):
-            for arm in part.arms:
+            for arm in part.settings:
                 run_id = study.run_id(name, arm, seed)
                 spec = trainer.RunSpec(
                     run_id,
@@ -93,7 +93,7 @@ def run_study(
 def check_same_settings(storage: Storage, study: Study) -> None:
     """Raise `UserError` if a run of this study exists with other settings: the study would compare unlike runs."""
     for name, part in study.parts.items():
-        for arm, seed in itertools.product(part.arms, range(study.seeds)):
+        for arm, seed in itertools.product(part.settings, range(study.seeds)):
             run_id = study.run_id(name, arm, seed)
             if find_run(storage, run_id) is not None:
                 differing = differing_settings(storage, run_id, study.config(name, arm, seed))
@@ -107,12 +107,12 @@ def check_same_settings(storage: Storage, study: Study) -> None:
 def part_rows(storage: Storage, study: Study, name: str, seeds: int) -> list[Row]:
     """Return the `study` rows of the part `name`, over its runs of the first `seeds` seeds, which must be complete."""
     part = study.parts[name]
-    run_ids = {arm: [study.run_id(name, arm, seed) for seed in range(seeds)] for arm in part.arms}
+    run_ids = {arm: [study.run_id(name, arm, seed) for seed in range(seeds)] for arm in part.settings}
     runs = {arm: [load_run(storage, run_id) for run_id in ids] for arm, ids in run_ids.items()}
     correct = {arm: correct_predictions(storage, ids[0]) for arm, ids in run_ids.items()}
-    baseline = next(iter(part.arms))
+    baseline = next(iter(part.settings))
     rows = []
-    for arm, settings in part.arms.items():
+    for arm, settings in part.settings.items():
         row: Row = dict.fromkeys(schemas.SCHEMAS["study"].names)
         row |= {"study_id": study.study_id, "part": name, "arm": arm, "settings_json": json.dumps(settings)}
         row |= run_columns(runs[arm]) | epoch_columns(storage, run_ids[arm])

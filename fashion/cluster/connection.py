@@ -78,9 +78,10 @@ def quieten() -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # These loggers warn that the progress bars are off, which is intended, of a damaged file, whose name follows
-    # elsewhere, and of more than 16 paths, which are looked at by 16 threads.
+    # elsewhere, of more than 16 paths, which are looked at by 16 threads, and of CPUs that are all taken, of which
+    # tasks that read need none.
     datasource = ("_internal.datasource.parquet_datasource", "datasource.file_meta_provider")
-    for name in ("_internal.progress", *datasource):
+    for name in ("_internal.progress", "dataset", *datasource):
         logging.getLogger(f"ray.data.{name}").setLevel(logging.ERROR)
 
 

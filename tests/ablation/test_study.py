@@ -15,9 +15,9 @@ from fashion.storage import Storage
 
 pytestmark = pytest.mark.ray
 
-ARMS = Part(
+CURE = Part(
     preset="smoke",
-    arms={
+    settings={
         "plain": {"precision": "fp32"},
         "mirrored": {"precision": "fp32", "flip": "alternating", "dropout_fc": 0.1, "tta": "flip"},
     },
@@ -28,14 +28,14 @@ def run_few(storage: Storage, seeds: int) -> list[Row]:
     announced: list[str] = []
     [(name, rows)] = run_study(
         storage,
-        Study(study_id="few", parts={"arms": ARMS}, seeds=seeds, epochs=2, max_train_rows=128),
+        Study(study_id="few", parts={"cure": CURE}, seeds=seeds, epochs=2, max_train_rows=128),
         ScaleConfig(num_workers="1"),
         faults=FaultConfig(),
         source="auto",
         announce=lambda run_id, plan: announced.append(run_id),
     )
-    assert name == "arms"
-    expected = [f"few-arms-{arm}-s{seed}" for seed in range(seeds - 1, seeds) for arm in ARMS.arms]
+    assert name == "cure"
+    expected = [f"few-cure-{arm}-s{seed}" for seed in range(seeds - 1, seeds) for arm in CURE.settings]
     assert announced == expected, "only the new seed is trained"
     return rows
 
@@ -45,10 +45,10 @@ def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, t
     assert (alone["seeds"], alone["val_accuracy_std"]) == (1, None)
     rows = run_few(tiny_storage, 2)
     assert [(row["arm"], row["baseline"]) for row in rows] == [("plain", None), ("mirrored", "plain")]
-    stored = tables.read_table(tiny_storage, "study", "few-arms")
+    stored = tables.read_table(tiny_storage, "study", "few-cure")
     assert [row["test_accuracy"] for row in stored] == [row["test_accuracy"] for row in rows]
     runs = {
-        arm: [load_run(tiny_storage, f"few-arms-{arm}-s{seed}") for seed in (0, 1)] for arm in ("plain", "mirrored")
+        arm: [load_run(tiny_storage, f"few-cure-{arm}-s{seed}") for seed in (0, 1)] for arm in ("plain", "mirrored")
     }
     for row in stored:
         own = runs[row["arm"]]
@@ -59,7 +59,7 @@ def test_a_study_goes_on_and_its_rows_are_those_of_its_runs(ray_cluster: None, t
         assert (row["seeds"], row["epochs"], row["train_rows"]) == (2, 2, 128)
         assert row["turning_epoch"] in (1.0, 1.5, 2.0)
     mirrored = stored[1]
-    assert json.loads(mirrored["settings_json"]) == ARMS.arms["mirrored"]
+    assert json.loads(mirrored["settings_json"]) == CURE.settings["mirrored"]
     differences = [runs["mirrored"][k]["val_accuracy"] - runs["plain"][k]["val_accuracy"] for k in (0, 1)]
     assert mirrored["val_effect"] == pytest.approx(statistics.fmean(differences))
     assert mirrored["val_effect_low"] <= mirrored["val_effect"] <= mirrored["val_effect_high"]
@@ -72,9 +72,9 @@ def test_every_arm_is_a_recipe_that_can_be_trained() -> None:
     known = {field.name for field in fields(TrainConfig)}
     study = Study(study_id="study", parts=PARTS, seeds=1)
     for name, part in PARTS.items():
-        configs = {arm: study.config(name, arm, seed=3) for arm in part.arms}
+        configs = {arm: study.config(name, arm, seed=3) for arm in part.settings}
         assert len(set(configs.values())) == len(configs), f"two arms of {name} are the same"
-        for arm, settings in part.arms.items():
+        for arm, settings in part.settings.items():
             assert set(settings) <= known
             assert configs[arm].seed == 3
             assert not part.epochs or configs[arm].epochs == part.epochs
@@ -84,11 +84,11 @@ def test_every_arm_is_a_recipe_that_can_be_trained() -> None:
 def test_a_study_of_another_size_under_the_same_name_is_refused(tiny_storage: Storage) -> None:
     """Otherwise runs of unlike sizes would be compared. This test uses the study of the test above. The first part here
     is new, and is not begun either."""
-    with pytest.raises(UserError, match=r"--study-id few has few-arms-plain-s0 .* --epochs 1 .was 2.*; .*another"):
+    with pytest.raises(UserError, match=r"--study-id few has few-cure-plain-s0 .* --epochs 1 .was 2.*; .*another"):
         list(
             run_study(
                 tiny_storage,
-                Study(study_id="few", parts={"before": ARMS, "arms": ARMS}, seeds=1, epochs=1, max_train_rows=64),
+                Study(study_id="few", parts={"before": CURE, "cure": CURE}, seeds=1, epochs=1, max_train_rows=64),
                 ScaleConfig(num_workers="1"),
                 faults=FaultConfig(),
                 source="auto",
