@@ -13,6 +13,7 @@ OUT ?= results/report.html
 REFIT ?= yes
 ARGS ?=
 LANES ?= 3
+LANE_TESTS ?= not quick and not quiet
 # The oldest Ray of the range in pyproject.toml, two between, and the one of uv.lock.
 RAYS ?= 2.55.1 2.57.1 2.59.0 2.60.0
 
@@ -65,7 +66,7 @@ tune_flags = --storage $(storage) $(call flag,SEARCH_ID,search-id) $(call flag,P
 	$(call flag,MAX_TRAIN_ROWS,max-train-rows) $(call flag,TIME_BUDGET_S,time-budget-s) $(call flag,SEED,seed) \
 	$(call flag,MLFLOW,mlflow) $(if $(filter yes,$(REFIT)),--refit) $(ARGS)
 
-.PHONY: help setup quickstart prepare train tune study evaluate predict report bench bench-gpu test test-quick test-rays check fmt up submit-train submit-tune down clean
+.PHONY: help setup quickstart prepare train tune study evaluate predict report bench bench-gpu test test-quick test-faults test-rays check fmt up submit-train submit-tune down clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -129,13 +130,16 @@ pytest := $(if $(PROCESSOR),env $(or $(as_$(PROCESSOR)),$(error PROCESSOR=$(PROC
 	.venv/bin/python -m pytest
 
 # Bytecode is written, whatever the environment says: several hundred processes would compile this project anew.
-test test-quick: export PYTHONDONTWRITEBYTECODE :=
+test test-quick test-faults: export PYTHONDONTWRITEBYTECODE :=
 
 # Then lanes side by side, which wait for Ray more than they compute; at last, alone, what measures time or memory.
 test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-bf16 as another processor would
 	@$(pytest) -n auto --dist worksteal -m quick
-	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "not quick and not quiet"
+	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m '$(LANE_TESTS)'
 	@$(pytest) -m quiet
+
+test-faults: setup ## Of these, run the ones that break runs, and the ones over several hosts
+	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "hosts or faults"
 
 test-quick: setup ## Run what can be run after each edit: under a minute
 	@$(pytest) -n auto --dist worksteal -m quick
