@@ -41,8 +41,6 @@ for name, value in RAY_SETTINGS.items():
     os.environ.setdefault(name, value)
 # A thread that waits for another one sleeps: beside other lanes, that other one may not run for a long time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Ray gives a node half a minute to start, which may not do on a busy machine; it is started again.
-TOO_SLOW = "The current node timed out during startup"
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
@@ -282,14 +280,7 @@ def ray_cluster() -> Iterator[None]:
 
     os.environ["RAY_ADDRESS"] = "local"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # epochs are short here, and each waits for a look
-    for tries_left in (2, 1, 0):
-        try:
-            connection.connect(num_cpus=2)
-            break
-        except Exception as error:
-            if not tries_left or TOO_SLOW not in str(error):
-                raise
-            ray.shutdown()
+    connection.connect(num_cpus=2)
     yield
     ray.shutdown()
 

@@ -23,8 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import RAY_SETTINGS, ROOT, TOO_SLOW
+from conftest import RAY_SETTINGS, ROOT
 
+from fashion.cluster.connection import TOO_SLOW
 from fashion.config import RAY_ENVIRONMENT
 
 TOOLS = ("ip", "nsenter", "unshare", "setpriv", "mount")

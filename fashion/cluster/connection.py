@@ -16,6 +16,10 @@ from fashion.config import RAY_ENVIRONMENT, UserError
 # The longest temporary folder, in bytes, in which Ray's sockets get a path of the 107 bytes that the kernel takes.
 LONGEST_TEMPORARY_FOLDER = 107 - len("/ray/session_2026-01-31_09-30-00_123456_1234567/sockets/plasma_store")
 
+STARTS = 3
+TOO_SLOW = "The current node timed out during startup"
+"""What Ray says then."""
+
 
 def connect(num_cpus: int | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start one here with token authentication and no dashboard.
@@ -59,13 +63,28 @@ def start(address: str, options: dict[str, Any]) -> None:
 
     Ray compares the versions of Ray and Python, to the third number, when it connects.
     """
+    if address == "local":
+        start_here(options)
+        return
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
-        if address == "local":
-            raise
         told = " ".join(str(error).split())
         raise UserError(f"RAY_ADDRESS={address}: Ray says {told!r}; {WAYS_OUT}") from None
+
+
+def start_here(options: dict[str, Any]) -> None:
+    """Start a cluster on this machine, up to `STARTS` times: Ray gives it half a minute, too little on a busy one."""
+    for starts_left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises no kind of its own
+            if not starts_left or TOO_SLOW not in str(error):
+                raise
+            print("warning: Ray did not start in the time that it gives itself; it is started again", file=sys.stderr)
+            ray.shutdown()
+        else:
+            return
 
 
 def quieten() -> None:
