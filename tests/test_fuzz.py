@@ -472,7 +472,7 @@ def test_settings_of_runs(storage: Storage) -> None:
         row = RUN | {"config_json": text if rng.random() < 0.95 else None}
         check_settings(runs.config_of(storage, "a", row))
 
-    fuzz(parse, told=storage.show("reports", "runs", "run_id=a"))
+    fuzz(parse, told=storage.show("reports", "runs", "a"))
 
 
 # Parsing all flags of a search takes 50 ms, those of the page 1 ms: as many inputs as take about as long.

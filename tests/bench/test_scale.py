@@ -55,9 +55,10 @@ def test_searches_that_are_killed_and_resumed_end_as_they_must(
 ) -> None:
     flags = kills.Flags(kills=2, per_search=2, concurrent=concurrent, trials=8, epochs=3, epoch_s=0.3)
     row = kills.kill_all(storage, flags)
-    assert row["every trial a row, each epoch once"] == row["searches"] == 1
+    # A second one begins where the first ended before it was hit as often.
+    assert row["every trial a row, each epoch once"] == row["searches"] in (1, 2)
     if concurrent == 1:
-        assert row["ended as the unbroken one"] == 1
+        assert row["ended as the unbroken one"] == row["searches"]
 
 
 def write_search(store: TrialStore, last: int, epochs: int) -> None:

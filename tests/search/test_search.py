@@ -449,6 +449,12 @@ def test_a_trial_that_went_wild_lets_no_poor_one_pass(bad: dict[str, Any]) -> No
 
 def play(store: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
     """Run trials of given curves, one at a time, until `stop_after` results were decided; return how many were."""
+    with store:
+        return decide(store, curves, stop_after)
+
+
+def decide(store: TrialStore, curves: dict[str, list[float]], stop_after: int) -> int:
+    """Run the trials of `play`."""
     scheduler = replay_scheduler(store)
     decided = 0
     for point in pending_points(store):
