@@ -208,11 +208,12 @@ def test_photographs_are_known_nearly_as_well_as_the_originals(
 
 
 def test_the_job_takes_photographs(storage: Storage, tmp_path: Path, test_rows: tuple[np.ndarray, np.ndarray]) -> None:
-    rng = np.random.default_rng(1)
+    rng, photos = np.random.default_rng(1), tmp_path / "photos"
+    photos.mkdir()
     for row in range(3):
-        (tmp_path / f"{row}.jpg").write_bytes(content(photograph(test_rows[0][row], draw_scene(rng)), "JPEG"))
-    found, _ = predicted(storage, tmp_path / "*.jpg", tmp_path / "out", "--photo")
-    pixels = np.stack([decode_image(path.read_bytes(), photo=True) for path in sorted(tmp_path.glob("*.jpg"))])
+        (photos / f"{row}.jpg").write_bytes(content(photograph(test_rows[0][row], draw_scene(rng)), "JPEG"))
+    found, _ = predicted(storage, photos / "*.jpg", tmp_path / "out", "--photo")
+    pixels = np.stack([decode_image(path.read_bytes(), photo=True) for path in sorted(photos.glob("*.jpg"))])
     expected = Classifier.load(storage.uri, run_id="mine").predict(pixels)
     assert found["label"].tolist() == expected.labels.tolist()
     assert json.loads((tmp_path / "out" / parts.MANIFEST).read_text())["photo"] is True
