@@ -1,8 +1,9 @@
 """bf16 on CPUs without it: rounded numbers are multiplied in fp32, and the sums rounded, as hardware with bf16 does.
 
-There torch 2.15 computes products of bf16 numbers one by one: on a Zen 3 core, training took seven times as long as
-it does here (batch of 32, n = 1). A product of two bf16 numbers is exact in fp32, and hardware with bf16 adds such products in fp32, so an fp32
-kernel, given rounded numbers, computes the same up to the order of its sums. Imports torch only.
+There torch 2.15 computes products of bf16 numbers one by one: on a Zen 3 core, training took seven times as long as it
+does here (batch of 32, n = 1). A product of two bf16 numbers is exact in fp32, and hardware with bf16 adds such
+products in fp32, so an fp32 kernel, given rounded numbers, computes the same up to the order of its sums. Imports torch
+only.
 """
 
 from collections.abc import Callable
