@@ -53,7 +53,8 @@ def test_every_step_of_the_tour_works(
     assert ran == [f"jobs.{name}" for name in ("train", "report", "tune", "evaluate", "predict", "report")]
     assert set(pd.read_parquet("results/reports/runs")["run_id"]) >= {"mine", "again"}
     assert names["result"].row["status"] == "completed"
-    assert len(names["trials"]) == 8
+    # The storage that other tests write to as well may hold trials of theirs.
+    assert names["trials"]["search_id"].value_counts()[["few", "more"]].tolist() == [4, 4]
     assert names["found"].probabilities.shape == (3, 10)
     assert len(names["predictions"]) == 200
     assert "Predictions on your images" in Path("results/report.html").read_text()

@@ -1,0 +1,73 @@
+"""Python reads this when it starts. The tests have it on PYTHONPATH, so that Ray's processes and the project's commands
+are forked from `forkserver/server.py`, which has imported torch and the rest already: that import is most of what a
+small test would otherwise do.
+
+The process that was started stays as a proxy: it passes signals on, ends as the forked one ends, and takes it along
+when it is killed.
+"""
+
+import os
+import sys
+
+FOLDER = "FASHION_TESTS_FORKSERVER"
+
+
+def wants_fork(words: list[str]) -> bool:
+    """Say whether this is a process of Ray's, or a command of the project's, started without options that matter."""
+    options = {"-u"}
+    while words and words[0] in options:
+        words = words[1:]
+    if words[:1] == ["-m"]:
+        return words[1].startswith("jobs.")
+    return bool(words) and "/ray/" in words[0] and words[0].endswith(("default_worker.py", "agent.py", "main.py"))
+
+
+def run_elsewhere(folder: str) -> None:
+    """Have the server run this command, and end as it ends; returns if there is no server for it."""
+    import array
+    import json
+    import resource
+    import signal
+    import socket
+
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.connect(os.path.join(folder, "socket"))
+    except OSError:
+        return
+    umask = os.umask(0)
+    os.umask(umask)
+    request = {
+        "words": sys.orig_argv,
+        "prefix": sys.prefix,
+        "environment": dict(os.environ),
+        "umask": umask,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "limits": [[kind, *resource.getrlimit(kind)] for kind in range(resource.RLIMIT_AS + 1)],
+    }
+    body = json.dumps(request).encode()
+    files = array.array("i", [0, 1, 2, os.open(".", os.O_RDONLY)])
+    server.sendmsg([len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+    server.sendall(body)
+    if server.recv(1) != b"y":
+        server.close()
+        os.close(files[3])
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(nowhere, file)
+    status = int.from_bytes(server.recv(4), "big")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.kill(os.getpid(), number)
+    os._exit(os.WEXITSTATUS(status))
+
+
+if FOLDER in os.environ and wants_fork(sys.orig_argv[1:]):
+    run_elsewhere(os.environ[FOLDER])
