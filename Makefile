@@ -136,7 +136,7 @@ test test-quick test-faults: export PYTHONDONTWRITEBYTECODE :=
 test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-bf16 as another processor would
 	@$(pytest) -n auto --dist worksteal -m quick
 	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m '$(LANE_TESTS)'
-	@$(pytest) -m quiet
+	@FASHION_TESTS_FORK=no $(pytest) -m quiet
 
 test-faults: setup ## Of these, run the ones that break runs, and the ones over several hosts
 	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "hosts or faults"

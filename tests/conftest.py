@@ -45,6 +45,7 @@ for name, value in RAY_SETTINGS.items():
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ray's processes and the project's commands are forked from one that has imported torch: see `forkserver/server.py`.
 FORKSERVER = Path(__file__).with_name("forkserver")
+FORKSERVER_FOLDER = "FASHION_TESTS_FORKSERVER"
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
@@ -105,7 +106,7 @@ def lane_of(nodeid: str) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Start the fork server, unless there is one, only quick tests are wanted, or `FASHION_TESTS_FORK=no`."""
     wanted = hasattr(os, "sched_getaffinity") and os.environ.get("FASHION_TESTS_FORK") != "no"
-    if not wanted or "FASHION_TESTS_FORKSERVER" in os.environ or config.option.markexpr == "quick":
+    if not wanted or FORKSERVER_FOLDER in os.environ or config.option.markexpr == "quick":
         return
     folder = tempfile.mkdtemp(prefix="forkserver-")
     server = subprocess.Popen(
@@ -113,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.add_cleanup(functools.partial(stop_forkserver, server, folder))
     wait_for(lambda: os.path.exists(f"{folder}/socket") or server.poll() is not None, "fork server", 60)
-    os.environ["FASHION_TESTS_FORKSERVER"] = folder
+    os.environ[FORKSERVER_FOLDER] = folder
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FORKSERVER / "site"), os.environ.get("PYTHONPATH")]))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from conftest import ROOT, job_environment
+from conftest import FORKSERVER_FOLDER, ROOT, job_environment
 from torch import Tensor
 
 from fashion.reports import runs, tables
@@ -77,7 +77,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=job_environment() | {"FASHION_MNIST_SOURCE": "auto"} | environment,
+            env=without_forkserver() | {"FASHION_MNIST_SOURCE": "auto"} | environment,
             cwd=ROOT,
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -127,6 +127,11 @@ class Driver:
         while (left := self.look()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return [command_of(each) for each in left]
+
+
+def without_forkserver() -> dict[str, str]:
+    """Return the environment in which processes start as they do for users: these are killed and stopped."""
+    return {name: value for name, value in job_environment().items() if name != FORKSERVER_FOLDER}
 
 
 def is_raylet(process: psutil.Process) -> bool:

@@ -74,15 +74,16 @@ class Journal:
     def put(self, event: Event, then: Callable[[], None] | None = None) -> None:
         """Put an event, which nobody changes afterwards; `then()` is called in another thread once it is durable.
 
-        Waits while `CAPACITY` events wait. Raises the error of the journal's thread, or that of an earlier `then`.
+        Waits while `CAPACITY` events wait. Raises the error of the journal's thread, or that of an earlier `then`. What
+        is put after `close`, as by Tune's loop after Ctrl-C, is lost like all that happens after a crash.
         """
         line = json.dumps(event)
         with self._changed:
             self._changed.wait_for(lambda: len(self._queue) < CAPACITY or self._error is not None)
             if self._error is not None:
                 raise self._error
-            if self._closing:  # as after Ctrl-C, when Tune's loop has not ended yet
-                raise RuntimeError("the journal is closed")
+            if self._closing:
+                return
             self._queue.append((line, event, then))
             if len(self._queue) in (1, CAPACITY // 2):
                 self._changed.notify_all()
@@ -105,7 +106,7 @@ class Journal:
                 batch = self._take()
                 if batch:
                     self._write(batch)
-                elif self._closing:
+                elif self._closing and not self._queue:  # nothing is put any more
                     break
                 if self._segments and self._is_due():
                     self._write_tables()

@@ -139,11 +139,11 @@ def parquet_names(storage: Storage, *folder: str) -> list[str]:
 def read_search_table(storage: Storage, table: str, search_id: str) -> pa.Table | None:
     """Return the rows of a search's trials in `table`, `run_id` first, with the file's metadata; None without a file.
 
-    Raises `UserError` if the file is damaged or cannot be read.
+    Raises `UserError` if the file is damaged or cannot be read. Without it the search is lost, so it shall stay.
     """
     place = (REPORTS_FOLDER, table, f"{search_id}{SUFFIX}")
     try:
-        return read_file(storage, *place)
+        return read_file(storage, *place, way_out="restore it from a copy, or start another search")
     except FileNotFoundError:
         return None
 
@@ -157,10 +157,11 @@ def plain(storage: Storage, rows: pa.Table, *path: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_file(storage: Storage, *path: str) -> pa.Table:
+def read_file(storage: Storage, *path: str, way_out: str = "remove it") -> pa.Table:
     """Return the rows of one file of the table `path[1]`, `run_id` first, in the table's schema.
 
-    Raises `FileNotFoundError` if there is none, `UserError` if it is damaged or cannot be read.
+    Raises `FileNotFoundError` if there is none, `UserError`, which ends with `way_out`, if it is damaged, and
+    `UserError` if it cannot be read.
     """
     try:
         rows = read_parquet(storage.read_bytes(*path))
@@ -171,7 +172,7 @@ def read_file(storage: Storage, *path: str) -> pa.Table:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{storage.show(*path)} cannot be read ({reason}); see to the storage") from error
     except ValueError as error:
-        raise UserError(f"{storage.show(*path)} is damaged ({error}); remove it") from error
+        raise UserError(f"{storage.show(*path)} is damaged ({error}); {way_out}") from error
 
 
 def owner(name: str) -> str:

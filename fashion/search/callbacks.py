@@ -4,6 +4,7 @@ Tune calls it from its event loop, which all trials of the search share: nothing
 more with more trials.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,18 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
 
     def _end(self, name: str, status: str, error: str | None) -> None:
         remove_workers(self._engine, self._search_id, name)
-        checkpoints = (schemas.SEARCHES_FOLDER, self._search_id, name, CHECKPOINTS)
-        # Only once the end is durable: a trial whose end is lost in a crash goes on from its checkpoint.
-        self._store.end(name, status, error, then=partial(self._storage.delete_folder, *checkpoints))
         print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
+        # Only once the end is durable: a trial whose end is lost in a crash goes on from its checkpoint.
+        self._store.end(name, status, error, then=partial(remove_checkpoint, self._storage, self._search_id, name))
+
+
+def remove_checkpoint(storage: Storage, search_id: str, name: str) -> None:
+    """Remove the checkpoint of a trial that has ended.
+
+    A worker may still be writing there, or the store refuse: the search goes on, and removes what is left at its end.
+    """
+    with contextlib.suppress(OSError):
+        storage.delete_folder(schemas.SEARCHES_FOLDER, search_id, name, CHECKPOINTS)
 
 
 def trial_line(store: TrialStore, name: str) -> str:

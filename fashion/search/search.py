@@ -184,7 +184,8 @@ def run_trials(
     engine = shared["engine"] = make_engine() if store.config.workers_per_trial > 1 else None
     trainable = ray.tune.with_resources(ray.tune.with_parameters(train_trial, shared=shared), plan.process_resources())
     limit = TrialLimit(store.config, scale, has_autoscaler=autoscaler_status().is_there)
-    callbacks = [SearchCallback(storage, search_id, store, engine), *loggers(spec)]
+    # Ours is the last one: Tune starts a trial again if a callback fails at its end, which is noted then already.
+    callbacks = [*loggers(spec), SearchCallback(storage, search_id, store, engine)]
     tuner = build_tuner(storage, search_id, store, points, trainable, limit, callbacks, scale.time_budget_s)
     try:
         run_in_thread(tuner.fit)

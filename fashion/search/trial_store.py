@@ -76,8 +76,13 @@ class Trial:
 
 
 def apply_event(trials: dict[str, Trial], event: Event) -> None:
-    """Change `trials` as an event of the journal says. An epoch that is reported again replaces all later ones too."""
+    """Change `trials` as an event of the journal says. An epoch that is reported again replaces all later ones too.
+
+    A trial's first end stands: Tune starts one again whose end is noted if a callback of another library fails then.
+    """
     kind, name = event["event"], event["trial"]
+    if name in trials and trials[name].status in ENDED:
+        return
     if kind == "start":
         at = datetime.fromisoformat(event["at"])
         trials.setdefault(name, Trial(name, event["settings"], started_at=at))
@@ -108,6 +113,8 @@ class TrialTables:
         known = {run_id_of(search_id, name_of(number)) for number in range(config.num_samples)}
         self._folders = [name for name in names if tables.owner(name) in known]
         """Folders of single trials, in which earlier versions kept their rows."""
+        self.lacks_trials = False
+        """Whether other tables have rows and `trials` has none: after a crash, its rows are in the journal."""
         self._rows = self._read_rows()
         self.last_segment, self._identity = self._read_metadata()
         self.found = self._read_trials()
@@ -121,6 +128,7 @@ class TrialTables:
             for name, trial in self.found.items()
             if trial.status not in ENDED
         }
+        self._done = {name for name in self.found if name not in self._running}
         self._ended: list[tuple[Trial, dict[str, Any]]] = []
 
     @property
@@ -134,6 +142,12 @@ class TrialTables:
         found = {
             table: tables.read_search_table(self._storage, table, self._search_id) for table in tables.SEARCH_TABLES
         }
+        # `trials` is written last.
+        missing = [table for table, rows in found.items() if rows is None and found["trials"] is not None]
+        if missing:
+            told = f"the table {missing[0]} has no file {self._search_id}.parquet, but trials has"
+            raise UserError(f"{told}; restore it from a copy, or start another search")
+        self.lacks_trials = found["trials"] is None and any(rows is not None for rows in found.values())
         if found["trials"] is None and self._folders:
             with ThreadPoolExecutor(tables.READERS) as pool:
                 parts = list(pool.map(self._read_folder, self._folders))
@@ -178,9 +192,13 @@ class TrialTables:
         if event["event"] == "process":
             self._identity = event["identity"]
             return
+        name = event["trial"]
+        if name in self._done:
+            return
         apply_event(self._running, event)
         if event["event"] == "end":
-            self._ended.append((self._running.pop(event["trial"]), self._identity))
+            self._ended.append((self._running.pop(name), self._identity))
+            self._done.add(name)
 
     def write(self, last_segment: int) -> None:
         """Write all rows, which hold the events up to `last_segment`.
@@ -254,7 +272,13 @@ class TrialTables:
 
 
 def trial_from(row: dict[str, Any], run: dict[str, Any], epochs: list[dict[str, Any]]) -> Trial:
-    """Return the trial of its rows in `trials`, `runs` and `epochs`; raises `ValueError` if they are damaged."""
+    """Return the trial of its rows in `trials`, `runs` and `epochs`; raises `ValueError` if they are damaged.
+
+    Epochs may be newer than the other rows, never older.
+    """
+    history = from_rows(epochs)
+    if len(history) < (row["epochs_done"] or 0):
+        raise ValueError(f"{row['epochs_done']} epochs are done, and {len(history)} are in the table epochs")
     return Trial(
         row["trial_id"],
         parse_object(row["settings_json"] or ""),
@@ -263,7 +287,7 @@ def trial_from(row: dict[str, Any], run: dict[str, Any], epochs: list[dict[str, 
         run["started_at"],
         run["finished_at"],
         row["wall_s"] or 0.0,
-        from_rows(epochs),
+        history,
         {name: run[name] for name in schemas.PROCESS_COLUMNS if run[name] is not None},
     )
 
@@ -289,6 +313,9 @@ class TrialStore:
         self._tables = TrialTables(storage, search_id, config, base)
         self.trials = self._tables.found
         events, self._last_segment = read_journal(storage, self._folder, self._tables.last_segment)
+        if self._tables.lacks_trials and not events:
+            told = f"the table trials has no file {search_id}.parquet, but others have"
+            raise UserError(f"{told}; restore it from a copy, or start another search")
         for event in events:
             self._tables.apply(event)
             if event["event"] != "process":
@@ -346,7 +373,7 @@ class TrialStore:
 
     def end(self, trial_id: str, status: str, error: str | None = None, then: Callable[[], None] | None = None) -> None:
         """Note that a trial ended, with one of the statuses `ENDED`; `then()` is called once that is durable."""
-        self.num_ended += 1
+        self.num_ended += trial_id in self.trials and self.trials[trial_id].status not in ENDED
         self._note({"event": "end", "trial": trial_id, "at": now(), "status": status, "error": error}, then)
 
     def _note(self, event: Event, then: Callable[[], None] | None = None) -> None:

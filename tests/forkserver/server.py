@@ -1,5 +1,5 @@
-"""Forks processes that have imported already what Ray's workers and the project's commands import; see
-`site/sitecustomize.py`, which asks for them. `python server.py FOLDER` ends when its standard input does.
+"""Forks processes that have imported already what Ray's processes import; see `site/sitecustomize.py`, which asks for
+them. `python server.py FOLDER` ends when its standard input does.
 
 Ray itself is not among it: its library reads the environment when it is loaded, and each worker has its own.
 """
@@ -19,7 +19,6 @@ import runpy
 import selectors
 import signal
 import socket
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,35 @@ LIBRARIES = (
     *("torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel", "torch.utils.data"),
     *("torchvision", "safetensors.torch"),
     *("aiohttp.web", "click", "filelock", "fsspec", "google.protobuf", "grpc.aio", "jsonschema", "msgpack"),
-    *("opentelemetry", "packaging.version", "prometheus_client", "psutil", "pydantic", "requests", "rich.console", "yaml"),
+    *(
+        "opentelemetry",
+        "packaging.version",
+        "prometheus_client",
+        "psutil",
+        "pydantic",
+        "requests",
+        "rich.console",
+        "yaml",
+    ),
 )
 # Where one of these differs, a library might have done something else when it was imported.
-READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "CUDA_")
+READ_AT_IMPORT = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "OPENBLAS_",
+    "ATEN_",
+    "ONEDNN_",
+    "DNNL_",
+    "TORCH",
+    "PYTORCH_",
+    "CUDA_",
+)
 READ_AT_START = ("LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "PYTHON", "ARROW_")
 # These are followed in the child.
 OF_EACH_PROCESS = ("PYTHONPATH", "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX")
 M_ARENA_MAX = -8  # malloc.h
-# Namespaces that a child enters, and their flags for setns(2). It is born in that of its number, so this one comes first.
-NAMESPACES = {"pid": 0x20000000, "net": 0x40000000, "uts": 0x04000000, "ipc": 0x08000000, "mnt": 0x00020000}
 Request = dict[str, Any]
 
 
@@ -52,37 +70,23 @@ def constants(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
-def namespace(process: int | str, kind: str) -> tuple[int, int]:
-    """Return what identifies a namespace of a process."""
-    found = os.stat(f"/proc/{process}/ns/{kind}")
-    return found.st_dev, found.st_ino
-
-
-def enter(process: int | str, kind: str) -> None:
-    """Enter a namespace of a process; for `pid`, what is forked from then on does."""
-    file = os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY)
-    assert ctypes.CDLL(None, use_errno=True).setns(file, NAMESPACES[kind]) == 0, os.strerror(ctypes.get_errno())
-    os.close(file)
-
-
 class Server:
     """Forks children, tells their proxies how they end, and ends them when their proxies are killed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(folder / "socket"))
         self.listener.listen(128)
         self.selector = selectors.DefaultSelector()
-        self.proxies: dict[socket.socket, tuple[int, Path]] = {}
+        self.proxies: dict[socket.socket, int] = {}
         self.constants = constants(dict(os.environ))
         self.woken, self.waker = os.pipe()
         for end in (self.woken, self.waker):
             os.set_blocking(end, False)
 
-    def serve(self) -> tuple[Request, list[int], int] | None:
-        """Answer until standard input ends, and return None then; in a child, return what it has to run: the request,
-        its files and the proxy's process number.
+    def serve(self) -> tuple[Request, list[int]] | None:
+        """Answer until standard input ends, and return None then; in a child, return what it has to run: the request
+        and its files.
         """
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
@@ -91,7 +95,7 @@ class Server:
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj == 0:
-                    for pid, _ in self.proxies.values():
+                    for pid in self.proxies.values():
                         os.kill(pid, signal.SIGKILL)
                     return None
                 if key.fileobj is self.listener:
@@ -102,20 +106,20 @@ class Server:
                 elif key.fileobj in self.proxies:
                     self.pass_signal(key.fileobj)
 
-    def accept(self) -> tuple[Request, list[int], int] | None:
+    def accept(self) -> tuple[Request, list[int]] | None:
         """Take a request; return it in the child that is to run it."""
         connection, _ = self.listener.accept()
-        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        request, files = receive(connection)
-        fits = (request["prefix"], uid) == (sys.prefix, os.getuid())
-        if fits and constants(request["environment"]) == self.constants:
-            if (child := self.fork(pid)) == 0:
+        try:
+            request, files = receive(connection)
+        except ValueError:  # it was killed while it asked
+            connection.close()
+            return None
+        if request["prefix"] == sys.prefix and constants(request["environment"]) == self.constants:
+            if (child := os.fork()) == 0:
                 self.forget()
                 connection.close()
-                return request, files, pid
-            link = self.folder / str(pid)
-            link.write_text(str(child))
-            self.proxies[connection] = child, link
+                return request, files
+            self.proxies[connection] = child
             self.selector.register(connection, selectors.EVENT_READ)
             connection.sendall(b"y")
         else:
@@ -124,16 +128,6 @@ class Server:
         for file in files:
             os.close(file)
         return None
-
-    def fork(self, proxy: int) -> int:
-        """Fork a child that has its number where the proxy has its own."""
-        elsewhere = namespace(proxy, "pid") != namespace("self", "pid")
-        if elsewhere:
-            enter(proxy, "pid")
-        child = os.fork()
-        if elsewhere and child != 0:
-            enter("self", "pid")
-        return child
 
     def forget(self) -> None:
         """In a child: leave what is the server's."""
@@ -149,7 +143,7 @@ class Server:
         """Tell proxies whose children have ended how they did."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.woken, 4096)
-        for connection, (pid, link) in list(self.proxies.items()):
+        for connection, pid in list(self.proxies.items()):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found == 0:
                 continue
@@ -157,13 +151,12 @@ class Server:
                 connection.sendall(status.to_bytes(4, "big"))
             with contextlib.suppress(KeyError):
                 self.selector.unregister(connection)
-            link.unlink()
             connection.close()
             del self.proxies[connection]
 
     def pass_signal(self, connection: Any) -> None:
         """Pass a signal on; a proxy that is gone was killed."""
-        pid, _ = self.proxies[connection]
+        pid = self.proxies[connection]
         try:
             numbers = connection.recv(1)
         except ConnectionError:
@@ -174,23 +167,24 @@ class Server:
 
 
 def receive(connection: socket.socket) -> tuple[Request, list[int]]:
-    """Return a request and the files that come with it: standard input, output and error, and the working folder."""
+    """Return a request and the files that come with it: standard input, output and error, and the working folder.
+
+    Raises `ValueError` if it is not complete.
+    """
     size, sent, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(16))
     files = array.array("i", b"".join(content for _, _, content in sent))
     body = b""
-    while len(body) < int.from_bytes(size, "big"):
-        body += connection.recv(1 << 16)
+    with contextlib.suppress(ConnectionError):
+        while len(body) < int.from_bytes(size, "big") and (more := connection.recv(1 << 16)):
+            body += more
     return json.loads(body), list(files)
 
 
-def become(request: Request, files: list[int], proxy: int) -> None:
+def become(request: Request, files: list[int]) -> None:
     """Make this process like its proxy."""
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)
     os.setsid()
-    for kind in ("net", "uts", "ipc", "mnt"):
-        if namespace(proxy, kind) != namespace("self", kind):
-            enter(proxy, kind)
     os.fchdir(files[3])
     for file in files:
         os.close(file)
@@ -210,7 +204,7 @@ def become(request: Request, files: list[int], proxy: int) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
         now = io.TextIOWrapper(
-            open(number, "wb", closefd=False),
+            open(number, "wb", buffering=0 if through else -1, closefd=False),  # noqa: SIM115  # it stays open
             encoding=before.encoding,
             errors=before.errors,
             line_buffering=number == 2 or os.isatty(number),
@@ -218,22 +212,17 @@ def become(request: Request, files: list[int], proxy: int) -> None:
         )
         setattr(sys, name, now)
         setattr(sys, f"__{name}__", now)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
 
 
 def run(words: list[str], libraries: list[str]) -> None:
-    """Run a command line of Python's."""
+    """Run the script that a command line of Python's names."""
     sys.orig_argv = words
     words = [word for word in words[1:] if word != "-u"]
-    is_module = words[0] == "-m"
-    first = os.getcwd() if is_module else os.path.dirname(words[0])
     named = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [first, *named, *libraries]
-    sys.argv = words[1:] if is_module else words
-    if is_module:
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
+    sys.path[:] = [os.path.dirname(words[0]), *named, *libraries]
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":

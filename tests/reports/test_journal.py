@@ -185,6 +185,32 @@ def test_an_error_of_what_is_called_reaches_the_caller_and_events_are_kept(stora
     assert Tables(storage).numbers == [0]
 
 
+def test_what_comes_while_the_thread_looks_at_the_end_is_written(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event that is put, and the close after it, between a look into an empty queue and the decision to end."""
+    tables, take = Tables(storage), Journal._take
+
+    def take_late(self: Journal) -> list[Any]:
+        batch = take(self)
+        if not batch and not tables.numbers:
+            with self._changed:
+                self._queue.append((json.dumps(number(0)), number(0), None))
+        return batch
+
+    monkeypatch.setattr(Journal, "_take", take_late)
+    tables.start().close()
+    assert Tables(storage).numbers == [0]
+
+
+def test_what_is_put_after_the_end_is_no_error(storage: Storage) -> None:
+    """Tune's loop may go on for a moment after Ctrl-C."""
+    writer = Tables(storage).start()
+    writer.close()
+    writer.put(number(0))
+    assert Tables(storage).numbers == []
+
+
 def write_segments(storage: Storage, count: int) -> None:
     for value in range(count):
         content = journal.encode_segment([json.dumps(number(2 * value)), json.dumps(number(2 * value + 1))])

@@ -178,7 +178,8 @@ def test_a_slope_is_found_where_it_was_planted() -> None:
     assert 0.35 - steep.low == pytest.approx(TOLERANCE / 0.2 * 0.7)
     assert flat.fall_per_tenth == pytest.approx(0, abs=1e-9)
     near = np.argsort(np.hypot((fc - 0.35) / 0.7, (conv - 0.25) / 0.5))[1:11]
-    assert flat.high - 0.25 == pytest.approx(np.abs(conv[near] - 0.25).max()), "no farther than the neighbours reach"
+    assert flat.high == pytest.approx(conv[near].max()), "no farther than the neighbours reach"
+    assert flat.low == pytest.approx(conv[near].min())
 
 
 def test_a_range_does_not_leave_what_was_searched() -> None:
@@ -187,6 +188,13 @@ def test_a_range_does_not_leave_what_was_searched() -> None:
     assert found.slopes["lr"].low == 3e-4
     assert 3e-4 < found.slopes["lr"].high < 3e-2
     assert found.drop == 0
+
+
+def test_nothing_is_said_of_a_side_where_nothing_was_tried() -> None:
+    lr = [1e-2, *np.geomspace(3e-4, 3e-3, 15).tolist()]
+    found = neighbourhood([Setting("lr", lr, 3e-4, 3e-2)], np.zeros(16))
+    assert found.slopes["lr"].high == pytest.approx(1e-2)
+    assert found.slopes["lr"].low < 1e-2
 
 
 def test_another_choice_may_cost_but_has_no_slope() -> None:
@@ -342,6 +350,15 @@ def test_values_that_repeat_make_fewer_thirds() -> None:
     assert levels.tolist() == [0] * 8 + [1, 1]
     assert names == ["lowest third", "highest third"]
     assert Setting("dropout_fc", [0.0, 0.5, 0.5], 0.0, 0.7).levels()[1] == ["0", "0.5"]
+
+
+def test_a_setting_that_hardly_varies_has_no_effect_that_looks_exact() -> None:
+    settings = [
+        Setting("dropout_fc", [0.1, 0.2] + [0.5] * 10, 0.0, 0.7),
+        Setting("lr", np.geomspace(1e-3, 1e-2, 12).tolist(), 1e-3, 1e-2),
+    ]
+    assert len(settings[0].levels()[1]) == 1
+    assert list(main_effects(settings, np.linspace(0.5, 0.9, 12))) == ["lr"]
 
 
 @pytest.mark.parametrize(("trials", "best"), [(8, 4), (16, 4), (40, 10), (1000, 250)])

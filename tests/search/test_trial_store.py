@@ -126,6 +126,7 @@ def test_a_thousand_trials_are_few_files_that_are_read_quickly(storage: Storage)
         ("trials", [{"settings_json": None}]),
         ("trials", [{"settings_json": "[1]"}]),
         ("runs", []),
+        ("epochs", []),
         ("epochs", [{"epoch": 1, "split": "other", "loss": 1.0}]),
         ("epochs", [row | {"epoch": 2} for row in metric.epoch_rows(epoch(1, 0.5))]),
     ],
@@ -133,10 +134,37 @@ def test_a_thousand_trials_are_few_files_that_are_read_quickly(storage: Storage)
 def test_damaged_rows_of_a_trial_are_refused(storage: Storage, table: str, rows: list[dict[str, Any]]) -> None:
     with open_store(storage) as store:
         store.start("t0000", {"lr": 0.1})
+        store.add_epoch("t0000", epoch(1, 0.5), 3.0)
     named = [{"run_id": "s-t0000"} | ({"trial_id": "t0000"} if table == "trials" else {}) | row for row in rows]
     tables.write_search_table(storage, table, "s", tables.in_file_schema(table, named), {})
     with pytest.raises(UserError, match="the reports of s-t0000 are damaged"):
         open_store(storage)
+
+
+@pytest.mark.parametrize("table", tables.SEARCH_TABLES)
+def test_a_search_without_one_of_its_files_is_not_begun_anew(storage: Storage, table: str) -> None:
+    with open_store(storage) as store:
+        write_few(store)
+    Path(storage.path("reports", table, "s.parquet")).unlink()
+    with pytest.raises(
+        UserError, match=rf"the table {table} has no file s.parquet, but .*; restore it from a copy, or"
+    ):
+        open_store(storage)
+
+
+def test_the_first_end_of_a_trial_stands(storage: Storage) -> None:
+    """A callback of another library fails after the end is noted: Tune starts the trial again."""
+    with open_store(storage) as store:
+        write_few(store)
+        for status in ("completed", "error"):
+            store.start("t0000", {"lr": 0.1, "dropout_fc": 0.2})
+            store.add_epoch("t0000", epoch(1, 0.9), 3.0)
+            store.end("t0000", status)
+        assert store.num_ended == 2
+    again = open_store(storage)
+    assert again.trials == store.trials
+    assert again.trials["t0000"].status == "stopped"
+    assert len(again.trials["t0000"].history) == 2
 
 
 def test_a_file_whose_rows_name_no_run_is_refused(storage: Storage) -> None:
@@ -144,7 +172,7 @@ def test_a_file_whose_rows_name_no_run_is_refused(storage: Storage) -> None:
         write_few(store)
     path = Path(storage.path("reports", "runs", "s.parquet"))
     pq.write_table(pq.read_table(path).drop_columns("run_id"), path)
-    told = r"reports/runs/s.parquet is damaged \(it has no column run_id that names the run of each row\); remove it"
+    told = r"reports/runs/s.parquet is damaged \(it has no column run_id that names the run of each row\); "
     for read in (
         lambda: open_store(storage),
         lambda: runs.find_run(storage, "s-t0000"),

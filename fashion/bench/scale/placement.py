@@ -4,6 +4,7 @@ The cluster's nodes are Ray nodes on this machine with logical CPUs, and trainin
 counts: what share of the time the places are used, and whether every trial ends. Prints a table.
 """
 
+import math
 import tempfile
 import threading
 import time
@@ -143,6 +144,7 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
     starts = sorted(first for first, _ in usage.epochs)
     full = starts[min(places, len(starts)) - 1]
     end = max(usage.last_start, full)
+    was_lost = usage.lost_at > 0
     trials = list(done.store.trials.values())
     return {
         "places": places,
@@ -153,7 +155,9 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
         "s": done.seconds,
         "s until all places were used": full - min(starts),
         "share used before the loss": usage.share(full, usage.lost_at or end, places),
-        "share while nodes were lost": usage.share(usage.lost_at, min(usage.back_at or end, end), left),
+        "share while nodes were lost": usage.share(usage.lost_at, min(usage.back_at or end, end), left)
+        if was_lost
+        else math.nan,
         "share after": usage.share(usage.back_at or end, end, places),
     }
 

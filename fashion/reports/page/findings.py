@@ -56,8 +56,8 @@ def findings_text(rows: Sequence[Row]) -> str:
         return f"What mattered is not estimated: {next((row['note'] for row in rows if row['note']), 'not known')}."
     text = (
         f"Importance is the share of what sets the best {first['best_trials']} of {first['trials']} trials apart "
-        f"(PED-ANOVA); p is the probability of as much by chance. It asks only which trials are the best, so the "
-        f"{first['stopped_trials']} that were stopped early count as not the best, whatever they would have reached."
+        f"(PED-ANOVA); p is the probability of as much by chance. Trials are ranked by the best epoch that each ran, "
+        f"so the {first['stopped_trials']} that were stopped early rank by fewer epochs than the others."
     )
     compared = next((row for row in rows if is_finite(row["effect"])), None)
     if compared is not None:

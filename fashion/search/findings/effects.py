@@ -32,6 +32,8 @@ class Effect:
 def main_effects(settings: Sequence[Setting], figure: NDArray[np.float64]) -> dict[str, Effect]:
     """Return the effect of each setting on `figure`, (trials,); empty if the trials do not tell the settings apart.
 
+    A setting of which nearly all trials have the same value is left out.
+
     Least squares of the figure on the levels of all settings, without interactions: the main effects of a design with
     three levels of each number and one of each choice (analysis of variance; Montgomery, "Design and Analysis of
     Experiments"). Intervals are Student's t with as many degrees of freedom as trials exceed parameters. Of choices the
@@ -55,6 +57,8 @@ def main_effects(settings: Sequence[Setting], figure: NDArray[np.float64]) -> di
     found = {}
     for setting in settings:
         _, names = levels[setting.name]
+        if len(names) < 2:  # most trials have the same value
+            continue
         at = {number: place for place, (name, number) in enumerate(owners) if name == setting.name}
         means = level_means(design, weights, list(at.values()), len(names))
         start, end = 0, len(names) - 1

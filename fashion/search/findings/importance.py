@@ -28,8 +28,8 @@ def importances(settings: Sequence[Setting], best: int) -> dict[str, float]:
 
     PED-ANOVA (Watanabe, Bansal, Hutter 2023, arXiv 2304.10255), by Optuna: the Pearson divergence between the density
     of a setting's values among the best trials and its density among all. It asks only whether a trial is among the
-    best, so it does not matter that poor trials were stopped early. Settings must not be constant, and the trials must
-    be sorted, best first. (Optuna's fANOVA needs scikit-learn, and takes the figures of stopped trials as they are.)
+    best, by the best epoch that it ran: one that was stopped early ranks by fewer epochs. Settings must not be
+    constant, and the trials must be sorted, best first. (Optuna's fANOVA needs scikit-learn.)
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     num_trials = len(settings[0].values)

@@ -54,8 +54,8 @@ def neighbourhood(settings: Sequence[Setting], drops: NDArray[np.float64]) -> Ne
         count,
         float(np.median(drops[near])),
         {
-            each.name: slope_along(each, float(slope), float(away[near, column].max()))
-            for column, (each, slope) in enumerate(zip(settings, slopes, strict=True))
+            each.name: slope_along(each, float(slope), near)
+            for each, slope in zip(settings, slopes, strict=True)
             if not each.is_choice
         },
     )
@@ -70,13 +70,16 @@ def distance_along(setting: Setting) -> NDArray[np.float64]:
     return distance
 
 
-def slope_along(setting: Setting, slope: float, reach: float) -> Slope:
+def slope_along(setting: Setting, slope: float, near: NDArray[np.int64]) -> Slope:
     """Return the slope of a setting, with the values around the winner's that cost less than `TOLERANCE`.
 
-    `slope` is the loss over the whole range, `reach` how far the farthest neighbour lies, as a share of the range.
+    `slope` is the loss over the whole range; beyond the farthest of the neighbours, trials number `near`, on a side of
+    the winner, nothing is known.
     """
-    place = float(setting.places()[0])
-    radius = min(reach, TOLERANCE / slope) if slope > 0 else reach
-    winner = float(setting.values[0])
-    low, high = setting.value_at(place - radius), setting.value_at(place + radius)
+    places = setting.places()
+    place, winner = float(places[0]), float(setting.values[0])
+    limit = TOLERANCE / slope if slope > 0 else math.inf
+    below, above = place - float(places[near].min()), float(places[near].max()) - place
+    low = setting.value_at(place - min(limit, max(below, 0.0)))
+    high = setting.value_at(place + min(limit, max(above, 0.0)))
     return Slope(slope / 10, min(low, winner), max(high, winner))

@@ -140,7 +140,9 @@ def effect_columns(settings: Sequence[Setting], trials: Sequence[Trial], figures
     accuracies = np.array([figures[number].reached(epoch) for number in rows])
     varied = [each for each in (every.of(rows) for every in settings) if not each.is_constant]
     effects = main_effects(varied, accuracies) if rows else {}
-    columns: dict[str, Row] = {}
+    columns: dict[str, Row] = {
+        each.name: {"note": "nearly all trials have the same value"} for each in varied if each.name not in effects
+    }
     if not effects:
         told = {"note": "too few trials to tell the settings' effects apart"}
         return {each.name: told for each in settings if not each.is_constant}

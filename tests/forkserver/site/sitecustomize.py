@@ -1,6 +1,6 @@
-"""Python reads this when it starts. The tests have it on PYTHONPATH, so that Ray's processes and the project's commands
-are forked from `forkserver/server.py`, which has imported torch and the rest already: that import is most of what a
-small test would otherwise do.
+"""Python reads this when it starts. The tests have it on PYTHONPATH, so that Ray's processes are forked from
+`forkserver/server.py`, which has imported torch and the rest already: that import is most of what a small test would
+otherwise do. The project's own commands start as they do for users.
 
 The process that was started stays as a proxy: it passes signals on, ends as the forked one ends, and takes it along
 when it is killed.
@@ -13,13 +13,9 @@ FOLDER = "FASHION_TESTS_FORKSERVER"
 
 
 def wants_fork(words: list[str]) -> bool:
-    """Say whether this is a process of Ray's, or a command of the project's, started without options that matter."""
-    options = {"-u"}
-    while words and words[0] in options:
-        words = words[1:]
-    if words[:1] == ["-m"]:
-        return words[1].startswith("jobs.")
-    return bool(words) and "/ray/" in words[0] and words[0].endswith(("default_worker.py", "agent.py", "main.py"))
+    """Say whether this is one of Ray's workers, or an agent of its dashboard or of its environments."""
+    script = next((word for word in words if word != "-u"), "")
+    return "/ray/" in script and script.endswith(("/default_worker.py", "/agent.py", "/agent/main.py"))
 
 
 def run_elsewhere(folder: str) -> None:
