@@ -95,7 +95,15 @@ def test_a_picture_is_turned_as_its_camera_says(orientation: int, turns: int) ->
     assert np.array_equal(decode_image(with_orientation(orientation)), expected)
 
 
+def with_a_maker_of_numbers() -> bytes:
+    """A JPEG that is to be turned, and whose EXIF data give the camera's maker as a number."""
+    header = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2)
+    entries = struct.pack("<HHIf", 0x010F, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    return content(smooth(), "JPEG", exif=header + entries + bytes(4))
+
+
 UNREADABLE = {
+    "EXIF data that Pillow cannot write": (with_a_maker_of_numbers(), "it is damaged"),
     "empty": (b"", "it is empty"),
     "HTML": (b"<html><body>404 Not Found</body></html>", "neither a PNG nor a JPEG file"),
     "GIF": (content(GREY, "GIF"), "neither a PNG nor a JPEG file"),
@@ -274,17 +282,19 @@ def test_links_pipes_and_names_that_are_no_text(tree: Path) -> None:
         (tree / name).unlink()
     (tree / "sub" / "loop").symlink_to(tree)
     (tree / "gone.png").symlink_to(tree / "nowhere.png")
+    (tree / "itself.png").symlink_to("itself.png")
     os.mkfifo(tree / "pipe.png")
     odd = os.fsencode(tree) + b"/\xff\n.png"
     Path(os.fsdecode(odd)).write_bytes(content(GREY))
     (tree / "link.png").symlink_to(os.fsdecode(odd))
     listing = list_images(str(tree))
-    assert listing.names.to_pylist() == [b"gone.png", b"link.png", b"\xff\n.png"]
-    ((pixels, errors),) = read_images(listing, 0, 3, 3)
-    assert errors == ["it cannot be opened (No such file or directory)", None, None]
-    assert np.array_equal(pixels[1:], np.stack([PIXELS, PIXELS]))
-    assert not pixels[0].any()
-    assert listing.path(2).endswith("/\\xff\n.png")
+    assert listing.names.to_pylist() == [b"gone.png", b"itself.png", b"link.png", b"\xff\n.png"]
+    ((pixels, errors),) = read_images(listing, 0, 4, 4)
+    reasons = ("No such file or directory", "Too many levels of symbolic links")
+    assert errors == [*(f"it cannot be opened ({reason})" for reason in reasons), None, None]
+    assert np.array_equal(pixels[2:], np.stack([PIXELS, PIXELS]))
+    assert not pixels[:2].any()
+    assert listing.path(3).endswith("/\\xff\n.png")
 
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
