@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from photographs import Scene, content, photograph
 from PIL import Image
+from pyarrow import fs as pafs
 
 from fashion.config import UserError
-from fashion.data.images.columns import decode_cells
+from fashion.data.images.columns import MOST_FILES, decode_cells, open_parquet, read_cells
 from fashion.data.images.decoding import MAX_PIXELS, Unreadable, decode_image
 from fashion.data.images.listing import Listing, glob_regex, list_images
 from fashion.data.images.reading import read_images
@@ -419,6 +421,31 @@ def test_the_column_is_found_or_asked_for(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match=told):
                 list_images(str(path), given)
+
+
+def test_pictures_that_many_rows_share_come_a_few_at_a_time(tmp_path: Path) -> None:
+    """In a dictionary they take the room of one; pixels, all of one size, come by the thousand."""
+    path, number = tmp_path / "a.parquet", 5 * MOST_FILES
+    pixels = pa.array([PIXELS.tobytes()] * number, pa.binary(784))
+    pq.write_table(pa.table({"image": [content(GREY)] * number, "pixels": pixels}), path)
+    with open_parquet(pafs.LocalFileSystem(), str(path), "a") as file:
+        assert [len(piece) for piece in read_cells(file, "image", 0, number)] == [MOST_FILES] * 5
+        assert [len(piece) for piece in read_cells(file, "pixels", 0, number)] == [number]
+
+
+def test_a_long_group_is_read_through_a_small_buffer(tmp_path: Path) -> None:
+    """A column of 32 MB in pages of one, of which the first rows are asked for."""
+    path = tmp_path / "a.parquet"
+    cells = [np.random.default_rng(row).bytes(256 << 10) for row in range(128)]
+    pq.write_table(pa.table({"image": cells}), path, compression="none", use_dictionary=False, write_batch_size=4)
+    del cells
+    tracemalloc.start()
+    try:
+        with open_parquet(pafs.LocalFileSystem(), str(path), "a") as file:
+            assert len(next(read_cells(file, "image", 0, 128))) == MOST_FILES
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_parquet_file_that_is_damaged_later_is_told(tmp_path: Path) -> None:
