@@ -7,6 +7,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,8 @@ from pyarrow import fs as pafs
 from fashion.config import UserError
 from fashion.data.images.columns import MOST_FILES, decode_cells, open_parquet, read_cells
 from fashion.data.images.decoding import MAX_PIXELS, Unreadable, decode_image
-from fashion.data.images.listing import Listing, glob_regex, list_images
+from fashion.data.images.globs import Glob, glob_of_uri, glob_regex
+from fashion.data.images.listing import Listing, list_images
 from fashion.data.images.reading import read_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
@@ -242,6 +244,9 @@ LISTED = {
     "[a-c].*": ["a.JPG", "b.png", "c.jpeg"],
     "[!a]*.[jp]*": ["b.png", "c.jpeg", "x[1].png"],
     "x[1].png": ["x[1].png"],
+    ".*.png": [".hidden.png"],
+    ".c*/*": [".cache/d.png"],
+    "**/.cache/*": [".cache/d.png"],
 }
 
 
@@ -268,6 +273,71 @@ def test_a_glob_leaves_other_names_alone() -> None:
     ):
         assert re.fullmatch(glob_regex(pattern), matched), pattern
         assert not re.fullmatch(glob_regex(pattern), other), pattern
+
+
+@pytest.mark.parametrize(
+    ("named", "listed"),
+    [
+        ("my%20photos", ["a b.png", "a%.png", "x[1].png"]),
+        ("my%20photos/a%20b.png", ["a b.png"]),
+        ("my%20photos/a%20*.png", ["a b.png"]),
+        ("my%20photos/x%5B1%5D*", ["x[1].png"]),
+        ("my%20photo*/a%25.png", ["my photos/a%.png"]),
+        ("m*/a%20[b]*", ["my photos/a b.png"]),
+    ],
+)
+def test_names_in_a_uri_are_escaped(named: str, listed: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for name in ("a b.png", "a%.png", "x[1].png"):
+        (folder / name).write_bytes(content(GREY))
+    listing = list_images(f"file://{tmp_path}/{named}")
+    assert names(listing) == listed
+    assert all(Path(listing.file(number)).is_file() for number in range(len(listing)))
+
+
+def test_wildcards_that_a_uri_escapes_are_signs() -> None:
+    for pattern, matched, other in (("a%2a*", b"a*b", b"ab"), ("%3F", b"?", b"a"), ("%FF", b"\xff", b"f")):
+        assert glob_of_uri(pattern).matches(matched), pattern
+        assert not glob_of_uri(pattern).matches(other), pattern
+
+
+def test_a_glob_enters_no_other_folders() -> None:
+    for pattern, entered, others in (
+        ("*.png", "", "a"),
+        ("pics*/*.png", "pics pics1", "other pics/a .pics"),
+        ("a/*/b*/x", "a a/c a/c/bb", "b a/.c a/c/d a/c/bb/e"),
+        ("a/**/x", "a a/b a/b/c", "b a/.b"),
+        ("**", "a a/b", ".a a/.b"),
+        ("**/.a/x", "a .a b/.a", ".b a/.b .a/.a"),
+    ):
+        glob = Glob(pattern)
+        assert all(glob.enters(folder.encode()) for folder in entered.split()), pattern
+        assert not any(glob.enters(folder.encode()) for folder in others.split()), pattern
+
+
+def test_a_folder_that_a_glob_does_not_name_is_left_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be one that nobody else can enter."""
+    entered, scan = [], os.scandir
+
+    def note(place: bytes) -> Any:
+        entered.append(os.path.relpath(os.fsdecode(place), tree))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", note)
+    assert names(list_images(str(tree / "s*" / "*.png"))) == ["sub/e.png"]
+    assert entered == [".", "sub"]
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder + b"/a.png")).write_bytes(content(GREY))
+    for named in (folder, folder + b"/*.png", folder + b"/a.png"):
+        listing = list_images(os.fsdecode(named))
+        assert listing.path(0) == f"{tmp_path}/\\xff/a.png"
+        ((pixels, errors),) = read_images(listing, 0, 1, 1)
+        assert errors == [None] and np.array_equal(pixels[0], PIXELS)
 
 
 def test_the_digest_changes_with_names_sizes_and_times(tree: Path) -> None:
@@ -301,6 +371,7 @@ def test_links_pipes_and_names_that_are_no_text(tree: Path) -> None:
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "nothing there": ("nowhere", "", "does not exist; name a file, a folder, a glob or a URI"),
+    "no folder of a glob": ("nowhere/*.png", "", "holds no file; name others"),
     "nothing that matches": ("*.gif", "", "holds no file; name others"),
     "no images": ("empty", "", "holds no PNG, JPEG or Parquet file; name others"),
     "both kinds": ("mixed", "", "holds 1 images and 1 Parquet files; name one kind by a glob"),
