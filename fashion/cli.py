@@ -25,6 +25,8 @@ T = TypeVar("T")
 # answers. Neither the command nor the program is at fault.
 STORAGE_ERRORS = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 HORIZONTAL_RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
+START_AGAIN = "start the same command again"
+RESUME = "use --resume"
 DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
 
 
@@ -88,8 +90,13 @@ def with_dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main` and exit: with 0 if it returns, 2 after a user's mistake (one line), 1 after anything else."""
+def run(
+    main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, *, again: str = START_AGAIN
+) -> NoReturn:
+    """Call `main` and exit: with 0 if it returns, 2 after a user's mistake (one line), 1 after anything else.
+
+    `again` is what to do to go on, once a storage that failed is right again.
+    """
     # When a command is interrupted, a thread that still calls Ray would make Ray start another cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -104,6 +111,6 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         if error.errno not in STORAGE_ERRORS:
             raise
         message = " ".join(str(error).split())
-        print(f"error: {message}; make it answer, make room there or give access, then use --resume", file=sys.stderr)
+        print(f"error: {message}; make it answer, make room there or give access, then {again}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     files = find_model(flags.storage, flags.run_id, flags.model)
     out = open_storage(flags.out, "--out")
     listing = list_images(flags.images, flags.column)
-    prediction.check_apart(listing, out)
+    image_predictions.check_apart(listing, out)
     manifest = prediction.make_manifest(listing, files, flags.images, flags.run_id or flags.model, photo=flags.photo)
     missing = image_predictions.find_missing(out, manifest)
     print("\n".join(prediction.plan_lines(listing, manifest, missing, out)), flush=True)
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
     summary = image_predictions.summarise(out, manifest.num_parts)
+    image_predictions.check_complete(out, manifest, summary)
     console.print_image_predictions(
         summary.num_images, summary.num_unreadable, summary.unreadable, summary.least_certain
     )

@@ -87,4 +87,4 @@ def starting_point(argv: Sequence[str]) -> tuple[Flags, bool]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, again=cli.RESUME)

@@ -132,4 +132,4 @@ def of_stored(space: SearchConfig, base: TrainConfig) -> Flags:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, again=cli.RESUME)

@@ -1,12 +1,17 @@
 """The command line: flags that are read before the real parse, and errors as one line."""
 
 import contextlib
+import errno
 import io
+import runpy
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import call_job
+from conftest import ROOT, call_job
 from pyarrow import fs as pafs
 
 from fashion import cli
@@ -64,4 +69,26 @@ def test_a_store_that_no_longer_answers_is_one_line() -> None:
         done = call_job(lambda _: store.get_file_info("bucket/folder"))
     assert done.returncode == 1
     assert done.stderr.startswith("error: When getting information for key 'folder'")
-    assert done.stderr.endswith("use --resume\n") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(", then start the same command again\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_the_advice_is_a_flag_that_the_job_has(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = cli.run
+
+    def run(main: Callable[[Sequence[str]], None], **options: Any) -> None:
+        def fill(argv: Sequence[str]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(SystemExit) as stop:
+            ended(fill, [], **options)
+        assert stop.value.code == 1
+
+    monkeypatch.setattr(cli, "run", run)
+    flags = runpy.run_path(str(path), run_name="__main__").get("Flags")
+    has_resume = flags is not None and "resume" in {field.name for field in fields(flags)}
+    assert has_resume == (path.stem in ("train", "tune"))
+    told = "use --resume" if has_resume else "start the same command again"
+    assert capsys.readouterr().err.endswith(f"or give access, then {told}\n")

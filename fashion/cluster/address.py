@@ -31,13 +31,19 @@ def check_address(address: str) -> None:
     if address != "auto":
         _, host, port = parse_address(address)
         answer = first_answer(address, host, port)
-        # The length of a frame takes three bytes, its kind the fourth.
+        # Who speaks TLS has no answer to this; Ray itself asks below. The length of a frame takes three bytes, its kind
+        # the fourth.
         require(
-            answer[3:4] == bytes([SETTINGS_FRAME]),
+            uses_tls() or answer[3:4] == bytes([SETTINGS_FRAME]),
             f"RAY_ADDRESS={address} listens, but is no Ray head node (8265 is a dashboard's port); {WAYS_OUT}",
         )
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # else the cluster itself has started this process
         ask_ray(address)
+
+
+def uses_tls() -> bool:
+    """Tell whether Ray encrypts what it sends, as it does in a cluster that was started so."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def parse_address(address: str) -> tuple[str, str, int]:

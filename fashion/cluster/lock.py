@@ -22,7 +22,8 @@ from pyarrow import fs as pafs
 from fashion.config import UserError
 from fashion.storage import Storage
 
-# The name that earlier versions lock by as well: two versions at once keep out of each other's runs.
+# Earlier versions lock in a folder of another name, and so do not see this lock: two versions that work on one run at a
+# time do not keep out of each other's way.
 FOLDER = ".locks"
 # Seconds between two heartbeats in an object store; the object of an owner that missed three of them is ignored.
 HEARTBEAT_S = 5.0

@@ -3,9 +3,10 @@
 A row of the Dataset is a part, so Ray Data may join and split its blocks as it likes; see `docs/design.md`.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,11 @@ import ray.data
 from fashion.cluster import connection
 from fashion.cluster.nodes import wait_for_room
 from fashion.cluster.plan import Workers, choose_workers, live_nodes
-from fashion.config import IMAGE_SIZE, ScaleConfig, require
+from fashion.cluster.storage_access import check_every_node_finds, check_every_node_sees
+from fashion.config import IMAGE_SIZE, ScaleConfig, UserError, printable, require
 from fashion.data.images.listing import Listing
 from fashion.data.images.predictions import ROWS_PER_PART, Manifest, make_part, write_manifest, write_part
 from fashion.data.images.reading import read_images
-from fashion.data.loading import telling_damage
 from fashion.inference.classifier import Classifier, ModelFiles
 from fashion.reports.progress import ImageProgress
 from fashion.storage import Storage
@@ -30,6 +31,13 @@ from fashion.training.run import prepare_process
 READS_OF_A_GROUP = 8
 # Ray Data joins what a task yields until it has this many bytes: with those of one part, parts go on one by one.
 BLOCK_BYTES = ROWS_PER_PART * IMAGE_SIZE**2
+# What tasks yield for each part: when it is read, and when it is written. A failure is a text: see `as_text`.
+READ = pa.schema(
+    [("part", pa.int64()), ("pixels", pa.binary()), ("errors", pa.list_(pa.string())), ("failure", pa.string())]
+)
+TOLD = pa.schema([("part", pa.int64()), ("images", pa.int64()), ("unreadable", pa.int64()), ("failure", pa.string())])
+# Links that lead nowhere are listed too. Of so many files one is looked for that is really there.
+FILES_TRIED = 1000
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,27 @@ def load(reference: "ray.ObjectRef") -> tuple[Shared, Classifier]:
 def predict_parts(batch: pa.Table, shared: "ray.ObjectRef") -> pa.Table:
     """Classify and write the parts of a batch; return each one's number, images, and how many could not be read.
 
-    Images that could not be read are classified as black ones, so that batches stay what they are.
+    Images that could not be read are classified as black ones, so that batches stay what they are. A failure, of the
+    reading or of the writing, is returned too: see `as_text`.
     """
     job, classifier = load(shared)
-    told: list[dict[str, int]] = []
+    told: list[dict[str, Any]] = []
     for row in batch.to_pylist():
-        part, errors = row["part"], row["errors"]
+        part, errors, failure = row["part"], row["errors"], row["failure"]
+        if failure is not None:
+            told.append({"part": part, "images": 0, "unreadable": 0, "failure": failure})
+            continue
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
         predictions = classifier.predict(pixels)
         paths, rows = places(job.listing, part * ROWS_PER_PART, part * ROWS_PER_PART + len(pixels))
         table = make_part(paths, rows, predictions.labels, predictions.probabilities, errors)
-        write_part(job.out, part, table)
-        told.append({"part": part, "images": len(pixels), "unreadable": sum(error is not None for error in errors)})
-    return pa.Table.from_pylist(told)
+        try:
+            write_part(job.out, part, table)
+        except OSError as error:
+            failure = as_text(error)
+        unreadable = sum(error is not None for error in errors)
+        told.append({"part": part, "images": len(pixels), "unreadable": unreadable, "failure": failure})
+    return pa.Table.from_pylist(told, TOLD)
 
 
 def places(listing: Listing, start: int, stop: int) -> tuple[pa.Array, pa.Array]:
@@ -88,20 +104,41 @@ def places(listing: Listing, start: int, stop: int) -> tuple[pa.Array, pa.Array]
 
 
 def read_parts(batch: pa.Table, shared: "ray.ObjectRef") -> Iterator[pa.Table]:
-    """Yield the parts of a batch of stretches, each as one row: its number, its pixels, its errors."""
+    """Yield the parts of a batch of stretches, each as one row: its number, its pixels, its errors.
+
+    Where a stretch cannot be read on, its next part has a failure in place of these.
+    """
     job: Shared = ray.get(shared)
     for stretch in batch.to_pylist():
-        start = stretch["first"] * ROWS_PER_PART
-        stop = min(stretch["stop"] * ROWS_PER_PART, len(job.listing))
-        chunks = read_images(job.listing, start, stop, ROWS_PER_PART, photo=job.photo)
-        for part, (pixels, errors) in enumerate(chunks, start=stretch["first"]):
-            yield pa.table(
-                {
-                    "part": pa.array([part], pa.int64()),
-                    "pixels": pa.array([pixels.tobytes()], pa.binary()),
-                    "errors": pa.array([errors], pa.list_(pa.string())),
-                }
-            )
+        part = stretch["first"]
+        start, stop = part * ROWS_PER_PART, min(stretch["stop"] * ROWS_PER_PART, len(job.listing))
+        try:
+            for pixels, errors in read_images(job.listing, start, stop, ROWS_PER_PART, photo=job.photo):
+                row = {"part": part, "pixels": pixels.tobytes(), "errors": errors, "failure": None}
+                yield pa.Table.from_pylist([row], READ)
+                part += 1
+        except (UserError, OSError) as error:
+            row = {"part": part, "pixels": None, "errors": None, "failure": as_text(error)}
+            yield pa.Table.from_pylist([row], READ)
+
+
+def as_text(failure: UserError | OSError) -> str:
+    """Return what a task found wrong with a file or a storage, as a text that `raise_failure` takes.
+
+    Ray Data hands on no exception of a task: it logs its traceback, and raises one of its own.
+    """
+    number = getattr(failure, "errno", None)
+    return json.dumps({"is_users": isinstance(failure, UserError), "errno": number, "message": str(failure)})
+
+
+def raise_failure(text: str) -> NoReturn:
+    """Raise what `as_text` has made a text of: `UserError`, or `OSError` with the number that it had."""
+    failure = json.loads(text)
+    if failure["is_users"]:
+        raise UserError(failure["message"])
+    error = OSError(failure["message"])
+    error.errno = failure["errno"]
+    raise error
 
 
 def stretches(missing: Sequence[int], longest: int) -> list[dict[str, int]]:
@@ -125,20 +162,14 @@ def make_manifest(listing: Listing, files: ModelFiles, images: str, model: str, 
         f"--photo is for photographs, and the column {listing.column} holds 28 x 28 pixels; leave it out",
     )
     return Manifest(
-        images=images,
+        images=printable(images),  # not every name of a file is text
         num_images=len(listing),
         listing_sha256=listing.digest,
-        model=model,
+        model=printable(model),
         model_sha256=files.sha256,
         photo=photo,
         column=listing.column,
     )
-
-
-def check_apart(listing: Listing, out: Storage) -> None:
-    """Raise `UserError` if predictions would be written among the images, where the next listing would find them."""
-    inside = f"{out.uri.rstrip('/')}/".startswith(f"{listing.storage.uri.rstrip('/')}/")
-    require(not inside, f"--out {out.uri} lies inside --images {listing.storage.uri}; name a folder elsewhere")
 
 
 def plan_lines(listing: Listing, manifest: Manifest, missing: Sequence[int], out: Storage) -> list[str]:
@@ -149,7 +180,7 @@ def plan_lines(listing: Listing, manifest: Manifest, missing: Sequence[int], out
     lines = [
         f"images     {len(listing):,} {what} of {manifest.images}{others}",
         f"model      {manifest.model}",
-        f"out        {out.uri}",
+        f"out        {printable(out.uri)}",
     ]
     kept = f"{done} of {manifest.num_parts} parts are there already"
     return lines + ([kept + ("; nothing to do" if not missing else "")] if done else [])
@@ -160,12 +191,15 @@ def predict_missing(
 ) -> None:
     """Connect to the cluster, and write the manifest and the parts `missing`, with a line or a bar of progress.
 
-    Raises `UserError` if the cluster is too small, and `nodes.NodesNotUp` if awaited nodes do not come.
+    Raises `UserError` if the cluster is too small, if one of its nodes does not see `out` or the images, or if a
+    Parquet file is damaged; `nodes.NodesNotUp` if awaited nodes do not come; `OSError` if a storage no longer answers.
     """
     connection.connect()
     workers = wait_for_room(lambda: plan_workers(scale), scale.wait_for_nodes_s)
     each = f"{scale.cpus_per_worker:g} CPU" + (" and 1 GPU" if workers.use_gpu else "")
     print(f"workers    {workers.high}, each {each}{f' ({workers.why})' if workers.why else ''}", flush=True)
+    check_every_node_sees(out)
+    check_every_node_finds(listing.storage, map(listing.file, range(min(len(listing.names), FILES_TRIED))))
     total = sum(min(ROWS_PER_PART, len(listing) - part * ROWS_PER_PART) for part in missing)
     write_manifest(out, manifest)
     with ImageProgress(total) as progress:
@@ -193,7 +227,8 @@ def predict_images(
     """Classify the parts `missing` of a listing, and write them to `out`; `tell(images, unreadable)` after each one.
 
     On CPUs both steps have equal resources, and Ray Data makes one task of them. For GPUs, images are read by as many
-    tasks as there are CPUs. Raises `UserError` if a Parquet file is damaged.
+    tasks as there are CPUs. Raises `UserError` if a Parquet file is damaged, and `OSError` if a part cannot be written,
+    as on a full disk, or if a storage no longer answers.
     """
     shared = ray.put(
         Shared(listing, out, files, photo=photo, use_gpu=workers.use_gpu, threads=scale.threads_per_worker)
@@ -220,9 +255,10 @@ def predict_images(
         predict_parts, batch_size=1, batch_format="pyarrow", fn_kwargs={"shared": shared}, **predicts
     )
     seen: set[int] = set()
-    with telling_damage(out):
-        for row in written.iter_rows():
-            assert row["part"] not in seen, row
-            seen.add(row["part"])
-            tell(row["images"], row["unreadable"])
+    for row in written.iter_rows():
+        if row["failure"] is not None:
+            raise_failure(row["failure"])
+        assert row["part"] not in seen, row
+        seen.add(row["part"])
+        tell(row["images"], row["unreadable"])
     assert seen == set(missing), (len(seen), len(missing))

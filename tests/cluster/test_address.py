@@ -124,6 +124,18 @@ def test_what_answers_otherwise_is_told(scheme: str, monkeypatch: pytest.MonkeyP
         server.shutdown()
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_head_node_that_speaks_tls_is_left_to_ray(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers the words of HTTP/2 by an alert of TLS."""
+    asked: list[str] = []
+    monkeypatch.setattr(address_module, "ask_ray", asked.append)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with listening(b"\x15\x03\x03\x00\x02\x02F") as port:
+        check_address(f"{scheme}127.0.0.1:{port}")
+    assert asked == [f"{scheme}127.0.0.1:{port}"]
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_what_speaks_http2_and_is_no_head_node_is_told(scheme: str) -> None:

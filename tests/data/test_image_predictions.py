@@ -1,5 +1,6 @@
 """Folders of predictions: parts that appear whole, what a job that goes on takes over, and what it refuses."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from fashion.config import CLASS_NAMES, UserError
 from fashion.data.images import predictions as parts
+from fashion.data.images.listing import list_images
 from fashion.storage import Storage, open_storage
 
 ERRORS = {3: "it is empty", 1500: "it is damaged"}
@@ -93,6 +95,45 @@ def test_other_predictions_are_refused_and_kept(field: str, out: Storage) -> Non
     assert (out.list(), out.read_bytes(parts.MANIFEST)) == ([parts.MANIFEST], before)
 
 
+@pytest.mark.parametrize(
+    ("images", "out", "is_apart"),
+    [
+        ("", "out", False),
+        ("", "", False),
+        ("", "../out", True),
+        ("", ".out", True),
+        ("a.png", "out", True),
+        ("*.png", "out", True),
+        ("*/*.png", "out", True),
+        ("**/*.png", "sub/out", False),
+        ("s*/**", "out", True),
+        ("s*/**", "sub/out", False),
+        ("*/*", "out", False),
+        ("*/part*", "out/b", True),
+        ("*/_*", "out", False),
+    ],
+)
+def test_predictions_lie_apart_from_what_is_listed(images: str, out: str, is_apart: bool, tmp_path: Path) -> None:
+    """Beside a file, or in a folder where a glob finds nothing, they disturb no listing."""
+    tree = tmp_path / "photos"
+    for name in ("a.png", "sub/b.png", "sub/part.png", "sub/_.png"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    listing = list_images(str(tree / images))
+    storage = open_storage(os.path.normpath(tree / out), "--out")
+    if is_apart:
+        parts.check_apart(listing, storage)
+        return
+    with pytest.raises(UserError, match=r"lies inside --images .*; name a folder elsewhere"):
+        parts.check_apart(listing, storage)
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    out = open_storage(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), "--out")
+    with pytest.raises(UserError, match=r"--out .*/\\udcff holds bytes that are no UTF-8"):
+        parts.find_missing(out, MANIFEST)
+
+
 def test_a_folder_of_something_else_is_refused(out: Storage) -> None:
     Path(out.root).mkdir()
     (Path(out.root) / "holiday.png").touch()
@@ -121,6 +162,15 @@ def test_the_summary_holds_the_least_certain_of_all_parts(out: Storage) -> None:
     assert summary.class_counts == np.bincount(labels, minlength=10).tolist()
     assert (summary.num_images, summary.num_unreadable) == (2300, 2)
     assert [row["error"] for row in summary.unreadable] == list(ERRORS.values())
+    parts.check_complete(out, MANIFEST, summary)
+
+
+def test_a_folder_that_lacks_predictions_is_told(out: Storage) -> None:
+    parts.write_manifest(out, MANIFEST)
+    parts.write_part(out, 1, part(1))
+    told = f"--out {out.uri} holds 1,000 predictions for 2,300 images: .*; start the same command again"
+    with pytest.raises(UserError, match=told):
+        parts.check_complete(out, MANIFEST, parts.summarise(out, MANIFEST.num_parts))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])

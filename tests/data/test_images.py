@@ -3,9 +3,11 @@
 import os
 import re
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from photographs import Scene, content, photograph
 from PIL import Image
+from pyarrow import fs as pafs
 
 from fashion.config import UserError
-from fashion.data.images.columns import decode_cells
+from fashion.data.images.columns import MOST_FILES, decode_cells, open_parquet, read_cells
 from fashion.data.images.decoding import MAX_PIXELS, Unreadable, decode_image
-from fashion.data.images.listing import Listing, glob_regex, list_images
+from fashion.data.images.globs import Glob, glob_of_uri, glob_regex
+from fashion.data.images.listing import Listing, list_images
 from fashion.data.images.reading import read_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
@@ -95,7 +99,15 @@ def test_a_picture_is_turned_as_its_camera_says(orientation: int, turns: int) ->
     assert np.array_equal(decode_image(with_orientation(orientation)), expected)
 
 
+def with_a_maker_of_numbers() -> bytes:
+    """A JPEG that is to be turned, and whose EXIF data give the camera's maker as a number."""
+    header = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2)
+    entries = struct.pack("<HHIf", 0x010F, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    return content(smooth(), "JPEG", exif=header + entries + bytes(4))
+
+
 UNREADABLE = {
+    "EXIF data that Pillow cannot write": (with_a_maker_of_numbers(), "it is damaged"),
     "empty": (b"", "it is empty"),
     "HTML": (b"<html><body>404 Not Found</body></html>", "neither a PNG nor a JPEG file"),
     "GIF": (content(GREY, "GIF"), "neither a PNG nor a JPEG file"),
@@ -232,6 +244,9 @@ LISTED = {
     "[a-c].*": ["a.JPG", "b.png", "c.jpeg"],
     "[!a]*.[jp]*": ["b.png", "c.jpeg", "x[1].png"],
     "x[1].png": ["x[1].png"],
+    ".*.png": [".hidden.png"],
+    ".c*/*": [".cache/d.png"],
+    "**/.cache/*": [".cache/d.png"],
 }
 
 
@@ -260,6 +275,71 @@ def test_a_glob_leaves_other_names_alone() -> None:
         assert not re.fullmatch(glob_regex(pattern), other), pattern
 
 
+@pytest.mark.parametrize(
+    ("named", "listed"),
+    [
+        ("my%20photos", ["a b.png", "a%.png", "x[1].png"]),
+        ("my%20photos/a%20b.png", ["a b.png"]),
+        ("my%20photos/a%20*.png", ["a b.png"]),
+        ("my%20photos/x%5B1%5D*", ["x[1].png"]),
+        ("my%20photo*/a%25.png", ["my photos/a%.png"]),
+        ("m*/a%20[b]*", ["my photos/a b.png"]),
+    ],
+)
+def test_names_in_a_uri_are_escaped(named: str, listed: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for name in ("a b.png", "a%.png", "x[1].png"):
+        (folder / name).write_bytes(content(GREY))
+    listing = list_images(f"file://{tmp_path}/{named}")
+    assert names(listing) == listed
+    assert all(Path(listing.file(number)).is_file() for number in range(len(listing)))
+
+
+def test_wildcards_that_a_uri_escapes_are_signs() -> None:
+    for pattern, matched, other in (("a%2a*", b"a*b", b"ab"), ("%3F", b"?", b"a"), ("%FF", b"\xff", b"f")):
+        assert glob_of_uri(pattern).matches(matched), pattern
+        assert not glob_of_uri(pattern).matches(other), pattern
+
+
+def test_a_glob_enters_no_other_folders() -> None:
+    for pattern, entered, others in (
+        ("*.png", "", "a"),
+        ("pics*/*.png", "pics pics1", "other pics/a .pics"),
+        ("a/*/b*/x", "a a/c a/c/bb", "b a/.c a/c/d a/c/bb/e"),
+        ("a/**/x", "a a/b a/b/c", "b a/.b"),
+        ("**", "a a/b", ".a a/.b"),
+        ("**/.a/x", "a .a b/.a", ".b a/.b .a/.a"),
+    ):
+        glob = Glob(pattern)
+        assert all(glob.enters(folder.encode()) for folder in entered.split()), pattern
+        assert not any(glob.enters(folder.encode()) for folder in others.split()), pattern
+
+
+def test_a_folder_that_a_glob_does_not_name_is_left_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be one that nobody else can enter."""
+    entered, scan = [], os.scandir
+
+    def note(place: bytes) -> Any:
+        entered.append(os.path.relpath(os.fsdecode(place), tree))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", note)
+    assert names(list_images(str(tree / "s*" / "*.png"))) == ["sub/e.png"]
+    assert entered == [".", "sub"]
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder + b"/a.png")).write_bytes(content(GREY))
+    for named in (folder, folder + b"/*.png", folder + b"/a.png"):
+        listing = list_images(os.fsdecode(named))
+        assert listing.path(0) == f"{tmp_path}/\\xff/a.png"
+        ((pixels, errors),) = read_images(listing, 0, 1, 1)
+        assert errors == [None] and np.array_equal(pixels[0], PIXELS)
+
+
 def test_the_digest_changes_with_names_sizes_and_times(tree: Path) -> None:
     first = list_images(str(tree)).digest
     assert list_images(str(tree)).digest == first
@@ -274,21 +354,24 @@ def test_links_pipes_and_names_that_are_no_text(tree: Path) -> None:
         (tree / name).unlink()
     (tree / "sub" / "loop").symlink_to(tree)
     (tree / "gone.png").symlink_to(tree / "nowhere.png")
+    (tree / "itself.png").symlink_to("itself.png")
     os.mkfifo(tree / "pipe.png")
     odd = os.fsencode(tree) + b"/\xff\n.png"
     Path(os.fsdecode(odd)).write_bytes(content(GREY))
     (tree / "link.png").symlink_to(os.fsdecode(odd))
     listing = list_images(str(tree))
-    assert listing.names.to_pylist() == [b"gone.png", b"link.png", b"\xff\n.png"]
-    ((pixels, errors),) = read_images(listing, 0, 3, 3)
-    assert errors == ["it cannot be opened (No such file or directory)", None, None]
-    assert np.array_equal(pixels[1:], np.stack([PIXELS, PIXELS]))
-    assert not pixels[0].any()
-    assert listing.path(2).endswith("/\\xff\n.png")
+    assert listing.names.to_pylist() == [b"gone.png", b"itself.png", b"link.png", b"\xff\n.png"]
+    ((pixels, errors),) = read_images(listing, 0, 4, 4)
+    reasons = ("No such file or directory", "Too many levels of symbolic links")
+    assert errors == [*(f"it cannot be opened ({reason})" for reason in reasons), None, None]
+    assert np.array_equal(pixels[2:], np.stack([PIXELS, PIXELS]))
+    assert not pixels[:2].any()
+    assert listing.path(3).endswith("/\\xff\n.png")
 
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "nothing there": ("nowhere", "", "does not exist; name a file, a folder, a glob or a URI"),
+    "no folder of a glob": ("nowhere/*.png", "", "holds no file; name others"),
     "nothing that matches": ("*.gif", "", "holds no file; name others"),
     "no images": ("empty", "", "holds no PNG, JPEG or Parquet file; name others"),
     "both kinds": ("mixed", "", "holds 1 images and 1 Parquet files; name one kind by a glob"),
@@ -409,6 +492,31 @@ def test_the_column_is_found_or_asked_for(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match=told):
                 list_images(str(path), given)
+
+
+def test_pictures_that_many_rows_share_come_a_few_at_a_time(tmp_path: Path) -> None:
+    """In a dictionary they take the room of one; pixels, all of one size, come by the thousand."""
+    path, number = tmp_path / "a.parquet", 5 * MOST_FILES
+    pixels = pa.array([PIXELS.tobytes()] * number, pa.binary(784))
+    pq.write_table(pa.table({"image": [content(GREY)] * number, "pixels": pixels}), path)
+    with open_parquet(pafs.LocalFileSystem(), str(path), "a") as file:
+        assert [len(piece) for piece in read_cells(file, "image", 0, number)] == [MOST_FILES] * 5
+        assert [len(piece) for piece in read_cells(file, "pixels", 0, number)] == [number]
+
+
+def test_a_long_group_is_read_through_a_small_buffer(tmp_path: Path) -> None:
+    """A column of 32 MB in pages of one, of which the first rows are asked for."""
+    path = tmp_path / "a.parquet"
+    cells = [np.random.default_rng(row).bytes(256 << 10) for row in range(128)]
+    pq.write_table(pa.table({"image": cells}), path, compression="none", use_dictionary=False, write_batch_size=4)
+    del cells
+    tracemalloc.start()
+    try:
+        with open_parquet(pafs.LocalFileSystem(), str(path), "a") as file:
+            assert len(next(read_cells(file, "image", 0, 128))) == MOST_FILES
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_parquet_file_that_is_damaged_later_is_told(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """`jobs.predict`: the classes of `jobs.evaluate` for the same pixels, whatever form they have; kills; mistakes."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import ROOT, assert_refused, call_job, job_environment, prepare_archives, wait_for
 from photographs import content, draw_scene, photograph
 from PIL import Image
 
-from fashion.config import CLASS_NAMES, ScaleConfig, TrainConfig
+from fashion.cluster.plan import Workers
+from fashion.config import CLASS_NAMES, ScaleConfig, TrainConfig, UserError
 from fashion.data.archives import read_pair
 from fashion.data.images import predictions as parts
 from fashion.data.images.decoding import decode_image
+from fashion.data.images.listing import Listing, list_images
 from fashion.distributed import trainer
 from fashion.inference import prediction
-from fashion.inference.classifier import Classifier
+from fashion.inference.classifier import Classifier, ModelFiles, Predictions
 from fashion.reports import tables
 from fashion.storage import Storage, open_storage
 from jobs import evaluate, predict
@@ -223,6 +229,114 @@ def test_parts_that_follow_each_other_are_read_together() -> None:
     found = prediction.stretches([0, 1, 2, 3, 5, 6, 9], 3)
     assert [(each["first"], each["stop"]) for each in found] == [(0, 3), (3, 4), (5, 7), (9, 10)]
     assert prediction.stretches([], 3) == []
+
+
+def test_a_parquet_file_that_is_damaged_is_one_line(storage: Storage, tmp_path: Path) -> None:
+    """Its rows are counted from its end; what is wrong is seen by a task."""
+    path, rng = tmp_path / "a.parquet", np.random.default_rng(0)
+    cells = [content(Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8))) for _ in range(20)]
+    pq.write_table(pa.table({"image": cells}), path, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[4:2000] = bytes(1996)
+    path.write_bytes(data)
+    flags = ["--storage", storage.uri, "--run-id", "mine", "--images", str(path), "--out", str(tmp_path / "out")]
+    assert_refused(call_job(predict.main, *flags, *WORKERS), "a.parquet cannot be read")
+
+
+def shared_job(listing: Listing, out: Storage) -> prediction.Shared:
+    return prediction.Shared(listing, out, ModelFiles(b"", {}, "fp32"), photo=False, use_gpu=False, threads=1)
+
+
+class Guesses:
+    """A network that has learned nothing."""
+
+    def predict(self, pixels: np.ndarray) -> Predictions:
+        rows = len(pixels)
+        return Predictions(np.zeros(rows, np.uint8), np.array(["x"] * rows), np.full((rows, 10), 0.1, np.float32))
+
+
+def raise_error(error: BaseException) -> Callable[..., Any]:
+    """Return a function that raises `error`."""
+
+    def function(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("place", ["read_images", "write_part"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device", "part"), OSError("no answer"), UserError("it is damaged")],
+    ids=["full", "silent", "damaged"],
+)
+def test_a_storage_that_fails_in_a_task_is_told_as_it_was(
+    place: str, error: OSError | UserError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task returns what is wrong, since Ray Data hands on no exception."""
+    if place == "write_part" and isinstance(error, UserError):
+        pytest.skip("writing has no user's mistakes")
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    job = shared_job(list_images(str(tmp_path)), open_storage(str(tmp_path / "out"), "--out"))
+    monkeypatch.setattr(ray, "get", lambda reference: job)
+    monkeypatch.setattr(prediction, "load", lambda reference: (job, Guesses()))
+    monkeypatch.setattr(prediction, place, raise_error(error))
+    [read] = prediction.read_parts(pa.Table.from_pylist([{"first": 0, "stop": 1}]), None)
+    [row] = prediction.predict_parts(read, None).to_pylist()
+    assert not list(tmp_path.glob("out/*"))
+    with pytest.raises(type(error)) as told:
+        prediction.raise_failure(row["failure"])
+    assert str(told.value) == str(error)
+    assert getattr(told.value, "errno", None) == getattr(error, "errno", None)
+
+
+def test_what_is_read_and_written_has_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    job = shared_job(list_images(str(tmp_path)), open_storage(str(tmp_path / "out"), "--out"))
+    monkeypatch.setattr(ray, "get", lambda reference: job)
+    monkeypatch.setattr(prediction, "load", lambda reference: (job, Guesses()))
+    [read] = prediction.read_parts(pa.Table.from_pylist([{"first": 0, "stop": 1}]), None)
+    told = prediction.predict_parts(read, None)
+    assert told.to_pylist() == [{"part": 0, "images": 1, "unreadable": 0, "failure": None}]
+    assert [path.name for path in tmp_path.glob("out/*")] == [parts.part_name(0)]
+
+
+@pytest.mark.parametrize("unseen", ["check_every_node_sees", "check_every_node_finds"])
+def test_nothing_is_written_unless_every_node_sees_all(
+    unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions on another node's disk would be lost."""
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    listing, out = list_images(str(tmp_path)), open_storage(str(tmp_path / "out"), "--out")
+    files = ModelFiles(b"", {}, "fp32")
+    manifest = prediction.make_manifest(listing, files, str(tmp_path), "mine", photo=False)
+    asked: list[tuple[Storage, list[str]]] = []
+    monkeypatch.setattr(prediction.connection, "connect", lambda: None)
+    monkeypatch.setattr(prediction, "wait_for_room", lambda plan, wait_s: Workers(1, 1, use_gpu=False))
+    monkeypatch.setattr(prediction, "check_every_node_sees", lambda storage: asked.append((storage, [])))
+    monkeypatch.setattr(
+        prediction, "check_every_node_finds", lambda storage, paths: asked.append((storage, list(paths)))
+    )
+    monkeypatch.setattr(prediction, "predict_images", raise_error(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        prediction.predict_missing(listing, files, out, [0], manifest=manifest, scale=ScaleConfig())
+    assert asked == [(out, []), (listing.storage, [str(tmp_path / "a.png")])]
+    shutil.rmtree(out.root)
+    monkeypatch.setattr(prediction, unseen, raise_error(UserError("not seen")))
+    with pytest.raises(UserError, match="not seen"):
+        prediction.predict_missing(listing, files, out, [0], manifest=manifest, scale=ScaleConfig())
+    assert out.list() == []
+
+
+def test_the_plan_shows_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(folder)
+    Image.new("L", (28, 28)).save(f"{folder}/a.png")
+    listing, out = list_images(folder), open_storage(f"{folder}/out", "--out")
+    manifest = prediction.make_manifest(listing, ModelFiles(b"", {}, "fp32"), folder, folder, photo=False)
+    shown = f"{tmp_path}/\\udcff"
+    lines = [f"images     1 image files of {shown}", f"model      {shown}", f"out        {shown}/out"]
+    assert prediction.plan_lines(listing, manifest, [0], out) == lines
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -17,6 +17,10 @@ from fashion.data.rows import PIXELS
 READ_BYTES = 32 << 20
 """About as much of a Parquet file is in memory at a time, decompressed."""
 MOST_ROWS = 4096
+MOST_FILES = 64
+"""Most image files of a column in memory at a time. The size that a Parquet file tells is that of its coded cells, and
+a picture that a thousand rows share is stored once, but decoded a thousand times."""
+BUFFER_BYTES = 1 << 20
 
 Decoded = tuple[NDArray[np.uint8], list[str | None]]
 """Pixels (N, 28, 28), and why each image could not be read: None if it could. Its pixels are then 0."""
@@ -27,10 +31,11 @@ def open_parquet(filesystem: pafs.FileSystem, path: str, place: str) -> Iterator
     """Open a Parquet file; raises `UserError`, which calls it `place`, if it or what is read of it is damaged."""
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     try:
-        # pyarrow takes no local names that are no text.
+        # pyarrow takes no local names that are no text. Without a buffer, and with reading ahead, it would hold a whole
+        # column of a row group, which may be hundreds of megabytes.
         with (
             open(path, "rb") if is_local else filesystem.open_input_file(path) as source,
-            pq.ParquetFile(source) as file,
+            pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as file,
         ):
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -96,7 +101,8 @@ def read_cells(file: pq.ParquetFile, column: str, start: int, stop: int) -> Iter
     # Sizes of single columns would be nearer, but pyarrow 26 crashes where damaged metadata lack one.
     size = sum(metadata.row_group(number).total_byte_size for number in groups)
     rows = sum(metadata.row_group(number).num_rows for number in groups)
-    batch_rows = int(np.clip(READ_BYTES * rows // max(size, 1), 1, MOST_ROWS))
+    most = MOST_ROWS if holds_pixels(file.schema_arrow.field(column).type) else MOST_FILES
+    batch_rows = int(np.clip(READ_BYTES * rows // max(size, 1), 1, most))
     for batch in file.iter_batches(batch_rows, row_groups=groups, columns=[column]):
         cells = batch.column(0)
         wanted = slice(max(start - skipped, 0), max(stop - skipped, 0))

@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 
 from fashion.config import UserError, require
 from fashion.data.images.columns import holds_pixels, image_column, open_parquet
+from fashion.data.images.globs import ALL_BELOW, Glob, glob_of_uri, unescaped
 from fashion.storage import Storage, open_storage, with_limits
 
 IMAGE_SUFFIXES = (b".png", b".jpg", b".jpeg")
@@ -27,8 +28,6 @@ WILDCARDS = re.compile(r"[*?\[]")
 # A question mark begins the query of a URI.
 WILDCARDS_OF_URI = re.compile(r"[*\[]")
 CHUNK_FILES = 10_000
-# What `**` between two strokes of a path stands for.
-ANY_FOLDERS = r"(?:[^/.][^/]*/)*"
 
 File = tuple[bytes, int, int]
 """Path below the root, size in bytes, time of the last change in ns since 1970."""
@@ -56,6 +55,8 @@ class Listing:
     """Whether the column holds 28 x 28 pixels, and no image files."""
     longest_group: int = 0
     """Rows of the largest row group of the Parquet files, which are read from their beginning."""
+    glob: Glob | None = None
+    """What the files below the folder were found by; None if a file was named."""
 
     def __len__(self) -> int:
         return len(self.names) if self.kind == "files" else int(self.bounds[-1])
@@ -67,7 +68,8 @@ class Listing:
     def path(self, number: int) -> str:
         """Return the path of file `number` as reports show it; bytes that are no UTF-8 are escaped."""
         base = self.storage.uri.partition("?")[0] if "://" in self.storage.uri else self.storage.uri
-        return f"{base.rstrip('/')}/{self.names[number].as_py().decode('utf-8', 'backslashreplace')}"
+        path: bytes = os.fsencode(base.rstrip("/")) + b"/" + self.names[number].as_py()
+        return path.decode("utf-8", "backslashreplace")
 
 
 def list_images(images: str, column: str = "") -> Listing:
@@ -81,11 +83,12 @@ def list_images(images: str, column: str = "") -> Listing:
 
     Raises `UserError` if nothing is there, if images and Parquet files are mixed, or if a Parquet file cannot be read.
     """
-    storage, files, is_named = find_files(images)
+    found = find_files(images)
+    storage, is_named = found.storage, found.is_named
     arrays: dict[str, list[pa.Array]] = {"names": [], "sizes": [], "times": []}
     kinds = {"files": 0, "rows": 0, "others": 0}
     pending: list[File] = []
-    for each in files:
+    for each in found.files:
         suffix = os.path.splitext(each[0])[1].lower()
         kind = "rows" if suffix in TABLE_SUFFIXES else "files" if is_named or suffix in IMAGE_SUFFIXES else "others"
         kinds[kind] += 1
@@ -105,8 +108,8 @@ def list_images(images: str, column: str = "") -> Listing:
     digest = digest_of(storage, names, sizes, times)
     if kinds["files"]:
         require(not column, f"--column {column} is for Parquet files, and --images {images} holds none; leave it out")
-        return Listing(storage, "files", names, digest, kinds["others"])
-    return list_rows(Listing(storage, "rows", names, digest, kinds["others"]), column)
+        return Listing(storage, "files", names, digest, kinds["others"], glob=found.glob)
+    return list_rows(Listing(storage, "rows", names, digest, kinds["others"], glob=found.glob), column)
 
 
 def list_rows(listing: Listing, column: str) -> Listing:
@@ -143,8 +146,23 @@ def digest_of(storage: Storage, *arrays: pa.Array) -> str:
     return sha256.hexdigest()
 
 
-def find_files(images: str) -> tuple[Storage, Iterator[File], bool]:
-    """Return a folder, the files below it that `images` may name, and whether it names each of them, as a glob does."""
+@dataclass(frozen=True)
+class Found:
+    """What `images` names: a folder, and files below it."""
+
+    storage: Storage
+    files: Iterator[File]
+    glob: Glob | None
+    """What finds them, None if one file was named."""
+    is_named: bool
+    """Whether each of them is named, as it is by a glob, and may be of any kind."""
+
+
+def find_files(images: str) -> Found:
+    """Return the folder and the files that `images` names; raises `UserError`.
+
+    Names in a URI are escaped, `%20` for a blank; those of the files are as the file system holds them.
+    """
     require(bool(images), "--images is empty; name a file, a folder, a glob or a URI")
     base, mark, query = split_uri(images)
     wildcards = WILDCARDS_OF_URI if "://" in images else WILDCARDS
@@ -153,19 +171,19 @@ def find_files(images: str) -> tuple[Storage, Iterator[File], bool]:
     kind = pafs.FileType.NotFound if is_glob and "://" in images else kind_of(images)
     if kind == pafs.FileType.Directory:
         storage = open_storage(base + mark + query, "--images")
-        return storage, walk(storage, None), False
+        return Found(storage, walk(storage, ALL_BELOW), ALL_BELOW, is_named=False)
     folder, _, name = base.rpartition("/")
     if kind != pafs.FileType.NotFound:
         storage = open_storage((folder or "/") + mark + query, "--images")
-        return storage, one_file(storage, os.fsencode(name)), True
+        name = unescaped(name) if "://" in images else name
+        return Found(storage, one_file(storage, os.fsencode(name)), None, is_named=True)
     require(is_glob, f"--images {images} does not exist; name a file, a folder, a glob or a URI")
     parts = base.split("/")
     first = next(number for number, part in enumerate(parts) if wildcards.search(part))
     folder, pattern = "/".join(parts[:first]) or "/", "/".join(parts[first:])
     storage = open_storage(folder + mark + query, "--images")
-    matches = re.compile(os.fsencode(glob_regex(pattern))).fullmatch
-    depth = None if "**" in parts else pattern.count("/") + 1
-    return storage, (each for each in walk(storage, depth) if matches(each[0])), True
+    glob = glob_of_uri(pattern) if "://" in images else Glob(pattern)
+    return Found(storage, walk(storage, glob), glob, is_named=True)
 
 
 def split_uri(images: str) -> tuple[str, str, str]:
@@ -200,66 +218,40 @@ def one_file(storage: Storage, name: bytes) -> Iterator[File]:
     yield name, info.size, info.mtime_ns or 0
 
 
-def glob_regex(pattern: str) -> str:
-    """Return the regular expression of the paths that a glob matches.
-
-    As in a shell, a name that begins with a dot matches only what begins with one.
-    """
-    expressions = []
-    *folders, last = pattern.split("/")
-    for part in folders:
-        expressions.append(ANY_FOLDERS if part == "**" else name_regex(part) + "/")
-    return "".join(expressions) + (ANY_FOLDERS + name_regex("*") if last == "**" else name_regex(last))
-
-
-def name_regex(part: str) -> str:
-    """Return the regular expression of the names that one part of a glob matches."""
-    pieces = re.findall(r"\[!?\]?[^\]]*\]|.", part, flags=re.DOTALL)
-    return ("" if part.startswith(".") else r"(?!\.)") + "".join(map(piece_regex, pieces))
-
-
-def piece_regex(piece: str) -> str:
-    """Return the regular expression of one sign of a glob, or of one class of signs in brackets."""
-    if piece in ("*", "?"):
-        return "[^/]*" if piece == "*" else "[^/]"
-    if len(piece) > 2 and piece.startswith("["):
-        signs = re.sub(r"([\\\[\]^&~|])", r"\\\1", piece[1:-1].removeprefix("!"))
-        return f"[{'^' if piece.startswith('[!') else ''}{signs}]"
-    return re.escape(piece)
-
-
-def walk(storage: Storage, depth: int | None) -> Iterator[File]:
-    """Yield the files below a folder in a fixed order; those more than `depth` levels down are left out."""
+def walk(storage: Storage, glob: Glob) -> Iterator[File]:
+    """Yield the files below a folder that a glob matches, in a fixed order."""
     if isinstance(storage.fs, pafs.LocalFileSystem):
-        yield from walk_local(os.fsencode(storage.root), b"", depth)
+        yield from walk_local(os.fsencode(storage.root), b"", glob)
         return
-    recursive = depth != 1
-    infos = storage.fs.get_file_info(pafs.FileSelector(storage.root or "/", recursive=recursive))
+    selector = pafs.FileSelector(storage.root or "/", allow_not_found=True, recursive=glob.is_deep)
+    infos = storage.fs.get_file_info(selector)
     prefix = len(storage.root.rstrip("/")) + 1
     for info in sorted(infos, key=lambda each: each.path):
-        name = info.path[prefix:]
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if info.type == pafs.FileType.File and not hidden and (depth is None or name.count("/") < depth):
-            yield name.encode(), info.size, info.mtime_ns or 0
+        name = info.path[prefix:].encode()
+        if info.type == pafs.FileType.File and glob.matches(name):
+            yield name, info.size, info.mtime_ns or 0
 
 
-def walk_local(root: bytes, below: bytes, depth: int | None) -> Iterator[File]:
-    """Yield the files of a folder by name, then those of its folders."""
+def walk_local(root: bytes, below: bytes, glob: Glob) -> Iterator[File]:
+    """Yield the files of a folder that a glob matches by name, then those of the folders that it leads into."""
     files: list[bytes] = []
     folders: list[bytes] = []
     place = os.path.join(root, below)
     try:
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
+                path = os.path.join(below, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [path] if glob.enters(path) else []
+                elif glob.matches(path):
+                    files.append(entry.name)
+    except FileNotFoundError:
+        return  # the folder of a glob that is not there, or one that was removed meanwhile
     except PermissionError as error:
         raise UserError(f"--images: {os.fsdecode(place)} cannot be entered ({error.strerror}); leave it out") from error
     yield from stated(root, below, sorted(files))
-    if depth is None or depth > 1:
-        for name in sorted(folders):
-            yield from walk_local(root, os.path.join(below, name), None if depth is None else depth - 1)
+    for path in sorted(folders):
+        yield from walk_local(root, path, glob)
 
 
 def stated(root: bytes, below: bytes, names: list[bytes]) -> Iterator[File]:

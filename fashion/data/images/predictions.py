@@ -5,6 +5,7 @@ the parts that are missing. Beside them, `_manifest.json` says which images and 
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fashion.config import CLASS_NAMES, NUM_CLASSES, UserError, build, parse_object, require
+from fashion.data.images.listing import Listing
 from fashion.storage import Storage, read_parquet
 
 # Whole batches of the evaluation, so that batches are the same however the work is divided and resumed.
@@ -84,8 +86,12 @@ def part_name(part: int) -> str:
 def find_missing(out: Storage, manifest: Manifest) -> list[int]:
     """Return the numbers of the parts that are missing; writes nothing.
 
-    Raises `UserError` if the folder holds anything else than predictions on the same images by the same model.
+    Raises `UserError` if the folder holds anything else than predictions on the same images by the same model, or if
+    its name is no text.
     """
+    # pyarrow, which reads and writes there, takes no other names.
+    is_text = not any("\ud800" <= sign <= "\udfff" for sign in out.uri)
+    require(is_text, f"--out {out.uri} holds bytes that are no UTF-8; name another folder")
     stored = load_manifest(out)
     if stored is None:
         names = [name for name in out.list() if not name.startswith(".")]
@@ -99,6 +105,22 @@ def find_missing(out: Storage, manifest: Manifest) -> list[int]:
     )
     there = set(out.list())
     return [part for part in range(manifest.num_parts) if part_name(part) not in there]
+
+
+def check_apart(listing: Listing, out: Storage) -> None:
+    """Raise `UserError` if the next listing would walk through the predictions, or find their files among the images.
+
+    A file by itself, or a glob that matches none of them, may lie beside the predictions.
+    """
+    images, folder = listing.storage, f"{listing.storage.root.rstrip('/')}/"
+    place = f"{out.root.rstrip('/')}/"
+    if listing.glob is None or not out.fs.equals(images.fs) or not place.startswith(folder):
+        return
+    below = os.fsencode(place.removeprefix(folder))
+    walks = listing.glob.is_endless and (not below or listing.glob.enters(below.rstrip(b"/")))
+    names = [MANIFEST, *map(part_name, range(-(-len(listing) // ROWS_PER_PART)))]
+    finds = any(listing.glob.matches(below + name.encode()) for name in names)
+    require(not walks and not finds, f"--out {out.uri} lies inside --images {images.uri}; name a folder elsewhere")
 
 
 def write_manifest(out: Storage, manifest: Manifest) -> None:
@@ -177,6 +199,15 @@ def summarise(out: Storage, num_parts: int, most: int = LEAST_CERTAIN) -> Summar
         least += right.take(pc.select_k_unstable(right, most, [("certainty", "ascending")])).to_pylist()
         least = sorted(least, key=lambda row: (row["certainty"], row["path"], row["row"] or 0))[:most]
     return Summary(num_images, num_unreadable, unreadable, counts.tolist(), least)
+
+
+def check_complete(out: Storage, manifest: Manifest, summary: Summary) -> None:
+    """Raise `UserError` unless a folder holds a prediction for each image, as it does when its job has ended."""
+    require(
+        summary.num_images == manifest.num_images,
+        f"--out {out.uri} holds {summary.num_images:,} predictions for {manifest.num_images:,} images: parts were "
+        "removed or replaced meanwhile; start the same command again, or name another folder",
+    )
 
 
 def read_parts(out: Storage, num_parts: int) -> Iterator[pa.Table]:

@@ -1,5 +1,6 @@
 """Reads the images of a listing, in order and a few at a time."""
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,10 @@ def local_content(path: str) -> bytes | OSError:
     try:
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)
-    except FILE_ERRORS as error:
+    except OSError as error:
+        # A link that leads to itself has no class of its own.
+        if not isinstance(error, FILE_ERRORS) and error.errno != errno.ELOOP:
+            raise
         return error
 
 
