@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ pytestmark = [
 
 def start(folder: Path, code: str, **environment: str) -> subprocess.Popen[str]:
     """Start a script whose path looks like that of one of Ray's workers."""
-    script = folder / "ray" / "default_worker.py"
-    script.parent.mkdir(exist_ok=True)
+    script = Path(tempfile.mkdtemp(dir=folder), "ray", "default_worker.py")
+    script.parent.mkdir()
     script.write_text(f"import os, signal, sys, time\nhas_torch = 'torch' in sys.modules\n{code}")
     command = [sys.executable, "-u", str(script), "--word"]
     return subprocess.Popen(

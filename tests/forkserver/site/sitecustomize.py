@@ -46,12 +46,14 @@ def run_elsewhere(folder: str) -> None:
     files = array.array("i", [0, 1, 2, os.open(".", os.O_RDONLY)])
     server.sendmsg([len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
     server.sendall(body)
+    passed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda number, _: server.sendall(bytes([number]))) for number in passed}
     if server.recv(1) != b"y":
+        for number, handler in before.items():
+            signal.signal(number, handler)
         server.close()
         os.close(files[3])
         return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
     nowhere = os.open(os.devnull, os.O_RDWR)
     for file in (0, 1, 2):
         os.dup2(nowhere, file)
