@@ -104,7 +104,7 @@ def test_memory_of_the_gpu_is_reported() -> None:
     assert (peak_gpu_memory_bytes(GPU) or 0) > 16 * 7_001_194
 
 
-def exchange(rank: int, folder: str) -> None:
+def train_steps(rank: int, folder: str) -> None:
     """Train two ranks by NCCL, each on its own GPU and rows; they end with the same weights."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -124,4 +124,4 @@ def exchange(rank: int, folder: str) -> None:
 def test_two_ranks_of_nccl_keep_the_same_weights(tmp_path: Any) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("torch sees one GPU here, and two ranks of NCCL need two")
-    torch.multiprocessing.spawn(exchange, (str(tmp_path),), 2)
+    torch.multiprocessing.spawn(train_steps, (str(tmp_path),), 2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion.config import TrainConfig
-from fashion.distributed import shared_memory as exchange
+from fashion.distributed import shared_memory
 from fashion.distributed.ddp import mean_in_rank_order
 from fashion.distributed.shared_memory import ShardedOptimizer, slices_of
 from fashion.model import network as model_module
@@ -28,7 +28,7 @@ from fashion.training.run import build_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not exchange.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm"),
+    pytest.mark.skipif(not shared_memory.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm"),
 ]
 
 WORLD_SIZE = 3
@@ -141,14 +141,14 @@ def check_sockets(dtype: torch.dtype, rank: int) -> None:
 def check_ranks_that_cannot_share(rank: int) -> None:
     """No room, or one rank that does not see the file: all ranks do without it."""
     optimizer = torch.optim.SGD(nn.Linear(10, 10).parameters(), lr=0.1)
-    real = exchange.size_of, exchange.map_file
-    exchange.size_of = lambda optimizer, dtype: 1 << 50
+    real = shared_memory.size_of, shared_memory.map_file
+    shared_memory.size_of = lambda optimizer, dtype: 1 << 50
     assert ShardedOptimizer.open(optimizer, torch.float32) is None, "no machine has that much"
-    exchange.size_of = real[0]
+    shared_memory.size_of = real[0]
     if rank == 1:
-        exchange.map_file = lambda path: None
+        shared_memory.map_file = lambda path: None
     assert ShardedOptimizer.open(optimizer, torch.float32) is None
-    exchange.map_file = real[1]
+    shared_memory.map_file = real[1]
     assert ShardedOptimizer.open(optimizer, torch.float32) is not None
 
 
@@ -169,7 +169,7 @@ def check_death(rank: int) -> None:
 
 
 def left_behind() -> list[Path]:
-    return [path for path in exchange.SHARED_MEMORY.glob("fashion-*") if path.stat().st_uid == os.getuid()]
+    return [path for path in shared_memory.SHARED_MEMORY.glob("fashion-*") if path.stat().st_uid == os.getuid()]
 
 
 def test_ranks_of_one_host_share_the_update(tmp_path: Path) -> None:

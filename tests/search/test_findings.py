@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fashion.reports import console, schemas, tables
-from fashion.search.findings.effects import main_effects
 from fashion.search.findings.importance import num_best
+from fashion.search.findings.main_effects import main_effects
 from fashion.search.findings.neighbourhood import TOLERANCE, neighbourhood
 from fashion.search.findings.settings import Setting, settings_of
 from fashion.search.findings.table import finding_rows, write_findings

@@ -147,7 +147,7 @@ def digest_of(storage: Storage, *arrays: pa.Array) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class NamedFiles:
     """What `images` names: a folder, and files below it."""
 
     storage: Storage
@@ -158,7 +158,7 @@ class Found:
     """Whether each of them is named, as it is by a glob, and may be of any kind."""
 
 
-def find_files(images: str) -> Found:
+def find_files(images: str) -> NamedFiles:
     """Return the folder and the files that `images` names; raises `UserError`.
 
     Names in a URI are escaped, `%20` for a blank; those of the files are as the file system holds them.
@@ -171,19 +171,19 @@ def find_files(images: str) -> Found:
     kind = pafs.FileType.NotFound if is_glob and "://" in images else kind_of(images)
     if kind == pafs.FileType.Directory:
         storage = open_storage(base + mark + query, "--images")
-        return Found(storage, walk(storage, ALL_BELOW), ALL_BELOW, is_named=False)
+        return NamedFiles(storage, walk(storage, ALL_BELOW), ALL_BELOW, is_named=False)
     folder, _, name = base.rpartition("/")
     if kind != pafs.FileType.NotFound:
         storage = open_storage((folder or "/") + mark + query, "--images")
         name = unescaped(name) if "://" in images else name
-        return Found(storage, one_file(storage, os.fsencode(name)), None, is_named=True)
+        return NamedFiles(storage, one_file(storage, os.fsencode(name)), None, is_named=True)
     require(is_glob, f"--images {images} does not exist; name a file, a folder, a glob or a URI")
     parts = base.split("/")
     first = next(number for number, part in enumerate(parts) if wildcards.search(part))
     folder, pattern = "/".join(parts[:first]) or "/", "/".join(parts[first:])
     storage = open_storage(folder + mark + query, "--images")
     glob = glob_of_uri(pattern) if "://" in images else Glob(pattern)
-    return Found(storage, walk(storage, glob), glob, is_named=True)
+    return NamedFiles(storage, walk(storage, glob), glob, is_named=True)
 
 
 def split_uri(images: str) -> tuple[str, str, str]:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fashion.reports import tables
-from fashion.search.findings.effects import Effect, main_effects
 from fashion.search.findings.importance import LEAST_TRIALS, METHOD, chance, importances, num_best
+from fashion.search.findings.main_effects import Effect, main_effects
 from fashion.search.findings.neighbourhood import neighbourhood
 from fashion.search.findings.settings import Setting, settings_of
 from fashion.search.space import SearchConfig
@@ -139,14 +139,14 @@ def effect_columns(settings: Sequence[Setting], trials: Sequence[Trial], figures
     epoch = min((len(figures[number].accuracy) for number in rows), default=0)
     accuracies = np.array([figures[number].reached(epoch) for number in rows])
     varied = [each for each in (every.of(rows) for every in settings) if not each.is_constant]
-    effects = main_effects(varied, accuracies) if rows else {}
+    estimated = main_effects(varied, accuracies) if rows else {}
     columns: dict[str, Row] = {
-        each.name: {"note": "nearly all trials have the same value"} for each in varied if each.name not in effects
+        each.name: {"note": "nearly all trials have the same value"} for each in varied if each.name not in estimated
     }
-    if not effects:
+    if not estimated:
         told = {"note": "too few trials to tell the settings' effects apart"}
         return {each.name: told for each in settings if not each.is_constant}
-    for name, effect in effects.items():
+    for name, effect in estimated.items():
         columns[name] = {"epoch": epoch, "effect_trials": len(rows)} | bounds("effect", effect)
         columns[name] |= {"effect_from": effect.start, "effect_to": effect.end}
         if len(effect.means) == 3 and name in {each.name for each in varied if not each.is_choice}:
