@@ -40,19 +40,7 @@ LIBRARIES = (
     ),
 )
 # Where one of these differs, a library might have done something else when it was imported.
-READ_AT_IMPORT = (
-    "OMP_",
-    "MKL_",
-    "KMP_",
-    "GOMP_",
-    "OPENBLAS_",
-    "ATEN_",
-    "ONEDNN_",
-    "DNNL_",
-    "TORCH",
-    "PYTORCH_",
-    "CUDA_",
-)
+READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "CUDA_")
 READ_AT_START = ("LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "PYTHON", "ARROW_")
 # These are followed in the child.
 OF_EACH_PROCESS = ("PYTHONPATH", "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX")
