@@ -1,6 +1,7 @@
 """Searches on Ray Tune: poor trials stop early, bad ones become rows, and a killed search goes on as if nothing was."""
 
 import contextlib
+import errno
 import functools
 import importlib.metadata
 import math
@@ -26,10 +27,11 @@ from fashion.config import TrainConfig, UserError
 from fashion.data import preparation, synthetic
 from fashion.reports import tables, tracking
 from fashion.reports.runs import load_run, stored_config
-from fashion.search import search, stored_settings
+from fashion.search import callbacks, search, stored_settings
 from fashion.search.sampler import build_sampler, pending_points
 from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
 from fashion.search.space import SearchConfig, SearchScale
+from fashion.search.trial import CHECKPOINTS
 from fashion.search.trial_store import TrialStore, name_of
 from fashion.storage import Storage, open_storage
 
@@ -303,6 +305,20 @@ def test_a_finished_search_is_left_alone(unbroken: search.SearchResult, prepared
             ONE_AT_A_TIME,
             options=search.SearchOptions(source="synthetic", resume=True),
         )
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left_for_the_end_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(self: Storage, *place: str) -> None:
+        asked.append(place)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(Storage, "delete_folder", refuse)
+    callbacks.remove_checkpoint(open_storage(str(tmp_path)), "s", "t0000")
+    assert asked == [("searches", "s", "t0000", CHECKPOINTS)]
 
 
 def test_a_killed_search_goes_on_as_if_nobody_had_killed_it(
