@@ -29,8 +29,8 @@ def start(folder: Path, code: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def test_it_has_imported_torch_and_runs_where_and_as_it_was_started(tmp_path: Path) -> None:
-    # torch itself sets the second variable, when it exports a network.
-    settings = {"OWN": "a b", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    # torch itself sets the second variable, when it exports a network, and `ray.init` the third.
+    settings = {"OWN": "a b", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONBREAKPOINT": "ray.util.rpdb.set_trace"}
     process = start(tmp_path, "print(has_torch, os.getcwd(), os.environ['OWN'], sys.argv[1:])\nsys.exit(3)", **settings)
     assert process.communicate()[0] == f"True {tmp_path} a b ['--word']\n"
     assert process.returncode == 3

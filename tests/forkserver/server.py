@@ -42,8 +42,8 @@ LIBRARIES = (
 # Where one of these differs, a library might have done something else when it was imported.
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "CUDA_")
 READ_AT_START = ("LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "PYTHON", "ARROW_")
-# These are followed in the child.
-OF_EACH_PROCESS = ("PYTHONPATH", "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX")
+# These are followed in the child; `ray.init` sets the last one, which `breakpoint` reads when it is called.
+OF_EACH_PROCESS = ("PYTHONPATH", "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX", "PYTHONBREAKPOINT")
 M_ARENA_MAX = -8  # malloc.h
 Request = dict[str, Any]
 
