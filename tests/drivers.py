@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -77,7 +78,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=without_forkserver() | {"FASHION_MNIST_SOURCE": "auto"} | environment,
+            env=job_environment() | {"FASHION_MNIST_SOURCE": "auto"} | environment,
             cwd=ROOT,
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -85,10 +86,14 @@ class Driver:
         self._me = psutil.Process(self.process.pid)
         DRIVERS.append(self)
 
+    @property
+    def pid(self) -> int:
+        """The number that it knows itself by."""
+        return stood_for(self._me).pid
+
     def look(self) -> list[psutil.Process]:
         """Return what it has started and what lives, and remember it."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.seen |= {each.pid: each for each in self._me.children(recursive=True)}
+        self.seen |= {each.pid: each for each in family(self._me)[1:]}
         return [each for each in self.seen.values() if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
     def workers(self) -> list[psutil.Process]:
@@ -129,9 +134,22 @@ class Driver:
         return [command_of(each) for each in left]
 
 
-def without_forkserver() -> dict[str, str]:
-    """Return the environment in which processes start as they do for users: these are killed and stopped."""
-    return {name: value for name, value in job_environment().items() if name != FORKSERVER_FOLDER}
+def stood_for(process: psutil.Process) -> psutil.Process:
+    """Return the process that a proxy stands for, and any other process itself: see `forkserver`."""
+    with contextlib.suppress(OSError):
+        return psutil.Process(int(Path(os.environ.get(FORKSERVER_FOLDER, os.devnull), str(process.pid)).read_text()))
+    return process
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and all that it started, with what these stand for."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in (process, *process.children(recursive=True)):
+            found.append(each)
+            if (other := stood_for(each)) != each:
+                found += family(other)
+    return found
 
 
 def is_raylet(process: psutil.Process) -> bool:

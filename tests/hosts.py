@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import FORKSERVER_FOLDER, RAY_SETTINGS, ROOT
+from conftest import RAY_SETTINGS, ROOT
 
 from fashion.cluster.connection import TOO_SLOW
 from fashion.config import RAY_ENVIRONMENT
@@ -123,7 +123,7 @@ class Hosts:
 
     def environment(self, host: Host) -> dict[str, str]:
         """Return what commands run with: this Python, the cluster's address and token, nothing of the user's Ray."""
-        foreign = ("RAY_", "MAKE", "MFLAGS", "FASHION_STORAGE", "SSH_", FORKSERVER_FOLDER)
+        foreign = ("RAY_", "MAKE", "MFLAGS", "FASHION_STORAGE", "SSH_")
         own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return own | RAY_ENVIRONMENT | RAY_SETTINGS | QUICK_HEALTH_CHECKS | {
             "HOME": str(host.home),

@@ -347,7 +347,7 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     assert "already prepared" in done.stdout, done.stderr
     first = Driver(remote, "one")
     first.wait_for(first.workers)
-    owner = f"--run-id one is in use by process {first.process.pid} of"
+    owner = f"--run-id one is in use by process {first.pid} of"
     with pytest.raises(UserError, match=owner), NameLock(remote, "runs", "one", "--run-id", heartbeat_s=4.0):
         pass  # it renews its note each 5 s, and is watched for 12
     manager = CheckpointManager(remote, ("runs", "one"), newest=2)

@@ -154,7 +154,7 @@ def test_a_clock_that_is_set_costs_no_bit_no_second_and_no_lock(
     second = Driver(storage, "late")
     said = second.wait()
     assert second.process.returncode == 2, said
-    assert f"error: --run-id late is in use by process {driver.process.pid} of" in said
+    assert f"error: --run-id late is in use by process {driver.pid} of" in said
     said = driver.wait()
     assert driver.process.returncode == 0, said
     row = runs.load_run(storage, "late")

@@ -21,7 +21,7 @@ from fashion.storage import Storage
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not() or "hosts")]
 
-SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "128", "--precision", "fp32")
+SMALL = ("--source", "auto", "--preset", "smoke", "--max-train-rows", "128")
 EPOCHS = 2
 
 
@@ -68,9 +68,12 @@ def submission(name: str, module: str, *flags: str) -> list[str]:
     return [*submit, "--", "python", "-m", module, *flags]
 
 
-def train_flags(storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS) -> list[str]:
+def train_flags(
+    storage: Storage, run_id: str, *, workers: str = "2", epochs: int = EPOCHS, precision: str = "fp32"
+) -> list[str]:
     """Return the flags of a run."""
-    return ["--storage", storage.uri, "--run-id", run_id, *SMALL, "--num-workers", workers, "--epochs", str(epochs)]
+    flags = ["--storage", storage.uri, "--run-id", run_id, *SMALL, "--precision", precision]
+    return [*flags, "--num-workers", workers, "--epochs", str(epochs)]
 
 
 def scores(storage: Storage, run_id: str) -> dict[tuple[int, str], tuple[float, float]]:
@@ -116,10 +119,10 @@ def host_of(cluster: Hosts, mark: str) -> Host:
     return next(host for host in cluster.hosts if host.name in names)
 
 
-def num_workers(cluster: Hosts) -> int:
-    """Return how many workers there are on all hosts."""
-    lines = [line for host in cluster.hosts for line in cluster.processes(host).values()]
-    return sum("ray::RayTrainWorker" in line for line in lines)
+def workers(cluster: Hosts) -> set[int]:
+    """Return the numbers of the workers on all hosts."""
+    processes = [process for host in cluster.hosts for process in cluster.processes(host).items()]
+    return {number for number, line in processes if "ray::RayTrainWorker" in line}
 
 
 @contextlib.contextmanager
@@ -136,18 +139,24 @@ def at_rest(cluster: Hosts, host: Host, mark: str) -> Iterator[None]:
             os.kill(number, signal.SIGCONT)
 
 
-def test_workers_on_different_hosts_train_as_on_one(whole: Hosts, tiny_storage: Storage, ray_cluster: None) -> None:
-    """In fp32; that sockets and shared memory exchange the same bits in bf16 too is tested with them."""
-    done = whole.run(whole.head, *submission("spread", "jobs.train", *train_flags(tiny_storage, "spread")))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_workers_on_different_hosts_train_as_on_one(
+    whole: Hosts, tiny_storage: Storage, ray_cluster: None, precision: str
+) -> None:
+    spread, local = f"spread-{precision}", f"local-{precision}"
+    done = whole.run(
+        whole.head, *submission(spread, "jobs.train", *train_flags(tiny_storage, spread, precision=precision))
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Job 'spread' succeeded" in done.stdout
+    assert f"Job '{spread}' succeeded" in done.stdout
     assert "3 node(s), 3 CPUs" in done.stdout
-    alone = call_job(jobs.train.main, *train_flags(tiny_storage, "local"))
+    alone = call_job(jobs.train.main, *train_flags(tiny_storage, local, precision=precision))
     assert alone.returncode == 0, alone.stderr
-    far, near = (runs.load_run(tiny_storage, name) for name in ("spread", "local"))
+    far, near = (runs.load_run(tiny_storage, name) for name in (spread, local))
     assert (far["exchange"], near["exchange"]) == ("gloo", "shared memory")
+    assert far["precision"] == near["precision"] == precision
     assert (far["world_size"], far["status"], far["test_rows"]) == (2, "completed", 200)
-    assert scores(tiny_storage, "spread") == scores(tiny_storage, "local")
+    assert scores(tiny_storage, spread) == scores(tiny_storage, local)
     assert far["test_loss"] == near["test_loss"]
 
 
@@ -158,7 +167,7 @@ def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: S
     lost = host_of(whole, "ray::RayTrainWorker")
     whole.cut(lost)
     assert job.wait(1800) == 0, log_of(whole, "cut-off").read_text()
-    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread"), "the same bits as without the accident"
+    assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread-fp32"), "as without the accident"
     whole.mend(lost)
     wait_for(lambda: not whole.processes(lost), "end of what was cut off")
     whole.kill(lost)
@@ -187,15 +196,16 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--resize-every-s", "3"]
     job = start(whole, "elastic", "jobs.train", *flags)
     wait_for(lambda: tables.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
-    assert num_workers(whole) == 2
+    before = workers(whole)
+    assert len(before) == 2
     for host in whole.hosts[1:]:
         whole.kill(host)
-    wait_for(lambda: num_workers(whole) == 1, "worker on the host that is left")
+    wait_for(lambda: len(workers(whole) - before) == 1, "new worker on the host that is left")
     # The worker that is left rests meanwhile: the run might be over before the host is there.
     with at_rest(whole, whole.head, "ray::RayTrainWorker"):
         whole.start(whole.hosts[1])
         whole.wait(whole.hosts[1])
-    wait_for(lambda: num_workers(whole) == 2, "second worker")
+    wait_for(lambda: len(workers(whole)) == 2, "second worker")
     assert job.wait(1800) == 0, log_of(whole, "elastic").read_text()
     row = runs.load_run(tiny_storage, "elastic")
     assert (row["status"], row["epochs_done"], row["world_size"]) == ("completed", epochs, 2)

@@ -1,6 +1,9 @@
 """Forks processes that have imported already what Ray's processes import; see `site/sitecustomize.py`, which asks for
 them. `python server.py FOLDER` ends when its standard input does.
 
+The process that is started stays as a proxy of the forked one. `FOLDER/PID`, named after the proxy, holds the number of
+the forked process as long as it lives.
+
 Ray itself is not among it: its library reads the environment when it is loaded, and each worker has its own.
 """
 
@@ -20,8 +23,9 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LIBRARIES = (
     *("numpy", "pandas", "pyarrow", "pyarrow.compute", "pyarrow.dataset", "pyarrow.fs", "pyarrow.parquet"),
@@ -45,7 +49,12 @@ READ_AT_START = ("LD_", "MALLOC_", "GLIBC_", "LANG", "LC_", "PYTHON", "ARROW_")
 # These are followed in the child; `ray.init` sets the last one, which `breakpoint` reads when it is called.
 OF_EACH_PROCESS = ("PYTHONPATH", "PYTHONUNBUFFERED", "MALLOC_ARENA_MAX", "PYTHONBREAKPOINT")
 M_ARENA_MAX = -8  # malloc.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")
+# Ray preloads it into its dashboard and monitors, to which it makes no difference in a test.
+RAYS_MALLOC = "/ray/core/libjemalloc.so"
 Request = dict[str, Any]
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def constants(environment: dict[str, str]) -> dict[str, str]:
@@ -54,7 +63,7 @@ def constants(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(beginnings) and name not in OF_EACH_PROCESS
+        if name.startswith(beginnings) and name not in OF_EACH_PROCESS and not value.endswith(RAYS_MALLOC)
     }
 
 
@@ -62,6 +71,7 @@ class Server:
     """Forks children, tells their proxies how they end, and ends them when their proxies are killed."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(folder / "socket"))
         self.listener.listen(128)
@@ -103,8 +113,8 @@ class Server:
             connection.close()
             return None
         if request["prefix"] == sys.prefix and constants(request["environment"]) == self.constants:
-            if (child := os.fork()) == 0:
-                self.forget()
+            child = self.fork(connection)
+            if child == 0:
                 connection.close()
                 return request, files
             self.proxies[connection] = child
@@ -116,6 +126,29 @@ class Server:
         for file in files:
             os.close(file)
         return None
+
+    def fork(self, connection: socket.socket) -> int:
+        """Return 0 in a process where the proxy is, and in the server the number of its child, which is that process
+        or, for a host of its own, one that ends with it.
+        """
+        proxy = peer(connection)
+        if child := os.fork():
+            self.note(proxy, child)
+            return child
+        self.forget()
+        if enter_namespaces(proxy):
+            child = os.fork()
+            if child:
+                self.note(proxy, child)
+                stand_for(child)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return 0
+
+    def note(self, proxy: int, child: int) -> None:
+        """Write down which process a proxy stands for."""
+        path = self.folder / str(proxy)
+        path.with_suffix(".new").write_text(str(child))
+        path.with_suffix(".new").rename(path)
 
     def forget(self) -> None:
         """In a child: leave what is the server's."""
@@ -135,6 +168,7 @@ class Server:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found == 0:
                 continue
+            (self.folder / str(peer(connection))).unlink()
             with contextlib.suppress(OSError):  # the proxy was killed
                 connection.sendall(status.to_bytes(4, "big"))
             with contextlib.suppress(KeyError):
@@ -152,6 +186,39 @@ class Server:
         if not numbers:
             self.selector.unregister(connection)
         os.kill(pid, numbers[0] if numbers else signal.SIGKILL)
+
+
+def peer(connection: socket.socket) -> int:
+    """Return the number of the process at the other end."""
+    return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def enter_namespaces(process: int) -> bool:
+    """Enter the namespaces of another process; return whether its processes are numbered by themselves: then what this
+    one forks is among them, and this one is not.
+    """
+    others = [
+        name for name in NAMESPACES if os.readlink(f"/proc/{process}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+    ]
+    for file in [os.open(f"/proc/{process}/ns/{name}", os.O_RDONLY) for name in others]:
+        if ctypes.CDLL(None, use_errno=True).setns(file, 0):
+            raise OSError(ctypes.get_errno(), f"setns into {others} of {process}")
+        os.close(file)
+    return "pid" in others
+
+
+def stand_for(child: int) -> NoReturn:
+    """Pass signals on to `child`, and end as it ends."""
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if (number := os.WTERMSIG(status)) != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(os.WEXITSTATUS(status))
 
 
 def receive(connection: socket.socket) -> tuple[Request, list[int]]:
@@ -203,14 +270,39 @@ def become(request: Request, files: list[int]) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
 
 
-def run(words: list[str], libraries: list[str]) -> None:
-    """Run the script that a command line of Python's names."""
+def run(words: list[str], libraries: list[str]) -> NoReturn:
+    """Run the script that a command line of Python's names, to the end of the process."""
+    status: object = 0
+    try:
+        run_script(words, libraries)
+    except SystemExit as end:
+        status = end.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    # As Python ends, but for the objects: it would look at all that was imported, which takes longer than most tests.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status or 0)
+
+
+def run_script(words: list[str], libraries: list[str]) -> None:
+    """Run the script or the module that a command line of Python's names."""
     sys.orig_argv = words
     words = [word for word in words[1:] if word != "-u"]
     named = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [os.path.dirname(words[0]), *named, *libraries]
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    is_module = words[0] == "-m"
+    sys.path[:] = [os.getcwd() if is_module else os.path.dirname(words[0]), *named, *libraries]
+    sys.argv = words[is_module:]
+    if is_module:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -224,9 +316,9 @@ if __name__ == "__main__":
     # What lives now lives on: no collection looks at it, so that the children share its memory.
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)
     job = server.serve()
-    if job is not None:
-        gc.enable()
-        become(*job)
-        run(job[0]["words"], libraries)
+    if job is None:
+        os._exit(0)
+    gc.enable()
+    become(*job)
+    run(job[0]["words"], libraries)

@@ -1,6 +1,6 @@
 """Python reads this when it starts. The tests have it on PYTHONPATH, so that Ray's processes are forked from
 `forkserver/server.py`, which has imported torch and the rest already: that import is most of what a small test would
-otherwise do. The project's own commands start as they do for users.
+otherwise do. So are the project's jobs.
 
 The process that was started stays as a proxy: it passes signals on, ends as the forked one ends, and takes it along
 when it is killed.
@@ -12,10 +12,14 @@ import sys
 FOLDER = "FASHION_TESTS_FORKSERVER"
 
 
+SCRIPTS = ("/default_worker.py", "/agent.py", "/agent/main.py", "/dashboard.py", "/log_monitor.py", "/monitor.py")
+
+
 def wants_fork(words: list[str]) -> bool:
-    """Say whether this is one of Ray's workers, or an agent of its dashboard or of its environments."""
-    script = next((word for word in words if word != "-u"), "")
-    return "/ray/" in script and script.endswith(("/default_worker.py", "/agent.py", "/agent/main.py"))
+    """Say whether this is one of Ray's workers, agents and monitors, its dashboard, or a module of the project."""
+    words = [word for word in words if word != "-u"]
+    is_module = words[:1] == ["-m"] and words[1].startswith(("jobs.", "fashion."))
+    return is_module or any("/ray/" in script and script.endswith(SCRIPTS) for script in words[:1])
 
 
 def run_elsewhere(folder: str) -> None:
