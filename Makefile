@@ -138,8 +138,8 @@ test: setup ## Run all tests: first the quick ones; PROCESSOR=avx2 or emulated-b
 	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m '$(LANE_TESTS)'
 	@FASHION_TESTS_FORK=no $(pytest) -m quiet
 
-test-faults: setup ## Of these, run the ones that break runs, and the ones over several hosts
-	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "hosts or faults"
+test-faults: setup ## Of these, run the ones that break runs, over several hosts, and on Ray's documented API alone
+	@OMP_NUM_THREADS=1 $(pytest) -n $(LANES) --dist loadscope --no-loadscope-reorder -m "hosts or faults or engine"
 
 test-quick: setup ## Run what can be run after each edit: under a minute
 	@$(pytest) -n auto --dist worksteal -m quick
