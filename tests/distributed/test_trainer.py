@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import ray
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from conftest import assert_refused, call_job, prepare_archives, split_paths, wait_for
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
@@ -27,7 +29,7 @@ from fashion.cluster.plan import make_plan
 from fashion.config import FaultConfig, Precision, ScaleConfig, TrainConfig, UserError, flag, preset
 from fashion.data import synthetic
 from fashion.data.manifest import load_manifest
-from fashion.distributed import trainer
+from fashion.distributed import trainer, worker
 from fashion.distributed.trainers import run_in_thread
 from fashion.inference import evaluation
 from fashion.reports import provenance
@@ -37,7 +39,7 @@ from fashion.reports.tables import read_table
 from fashion.storage import Storage, open_storage
 from fashion.training import batches, checkpoint
 from fashion.training.checkpoint_manager import name_of
-from fashion.training.run import PROGRESS_FORMAT, build_model
+from fashion.training.run import PROGRESS_FORMAT, Rank, Shards, TrainingRun, build_model, without_ddp
 
 pytestmark = pytest.mark.ray
 
@@ -339,6 +341,28 @@ def test_a_whole_run_learns_and_reports_everything(trained: trainer.TrainResult,
     cells = read_table(storage, "confusion", "whole")
     assert sum(cell["count"] for cell in cells) == row["test_rows"]
     assert sum(cell["count"] for cell in cells if cell["label"] == cell["predicted"]) == right
+
+
+def check_columns_of_unlike_machines(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    val = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    run = TrainingRun(TINY, Shards(lambda epoch: iter(()), val, 84, 8, 0.3, 0.35), Rank(rank, 2), without_ddp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "hardware", lambda: ("two cores", "a GPU and 16 cores")[rank])
+        patch.setattr(worker, "peak_memory_bytes", lambda: (3_000, 2_000)[rank])
+        patch.setattr(worker, "peak_gpu_memory_bytes", lambda device: (50_000, 60_000)[rank])
+        found = worker.process_columns(run)
+    told = {name: found[name] for name in ("device", "hardware", "peak_memory_bytes", "peak_gpu_memory_bytes")}
+    assert told == {
+        "device": "cpu",
+        "hardware": "a GPU and 16 cores; two cores",
+        "peak_memory_bytes": 3_000,
+        "peak_gpu_memory_bytes": 60_000,
+    }
+
+
+def test_workers_tell_their_own_machines_and_the_memory_of_the_largest(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(check_columns_of_unlike_machines, (str(tmp_path),), 2)
 
 
 def room_to_share() -> bool:

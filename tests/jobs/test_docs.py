@@ -122,6 +122,18 @@ def test_every_column_is_explained() -> None:
     assert told == {table: schema.names for table, schema in SCHEMAS.items()} and list(told) != []
 
 
+def bare_promises(text: str) -> list[str]:
+    """Return the paragraphs and points of a list that promise the same bits and do not say on which devices."""
+    parts = [" ".join(part.split()) for part in re.split(r"\n\n|\n- ", text)]
+    return [part for part in parts if "same bits" in part and not re.search(r"\b[CG]PUs?\b", part)]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_same_bits_are_promised_of_a_kind_of_device(name: str) -> None:
+    """GPUs repeat theirs only if they are asked to, and those of another kind have others."""
+    assert bare_promises((ROOT / name).read_text()) == []
+
+
 WRONG = {
     "```\nmake trian\n```": "No rule to make target 'trian'",
     "```\nmake train EPOCH=3\n```": "no variable EPOCH",
@@ -174,6 +186,10 @@ def test_every_column_of_predictions_is_explained() -> None:
 def test_a_column_that_is_not_explained_is_found() -> None:
     text = "### `confusion`\n\n| column | unit |\n|---|---|\n| `split` | |\n| `labl` | |\n\n## Else\n\n| `x` | |\n"
     assert columns_told(text) == {"confusion": ["split", "labl"]}
+
+
+def test_a_promise_without_a_device_is_found() -> None:
+    assert bare_promises("On CPUs the same\nbits.\n\n- one\n- the same\nbits\n- a GPU") == ["the same bits"]
 
 
 RIGHT = """

@@ -21,18 +21,22 @@ from typing import Any, Literal
 
 import pytest
 import ray
+import torch
 from conftest import ROOT
 
 from fashion.config import TrainConfig, UserError
 from fashion.data import preparation, synthetic
+from fashion.data.manifest import load_manifest
+from fashion.distributed import trainer
 from fashion.reports import tables, tracking
 from fashion.reports.runs import load_run, stored_config
-from fashion.search import callbacks, search, stored_settings
+from fashion.search import callbacks, search, stored_settings, trial
+from fashion.search.plan import search_plan_for
 from fashion.search.sampler import build_sampler, pending_points
 from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.trial import CHECKPOINTS
-from fashion.search.trial_store import TrialStore, name_of
+from fashion.search.trial_store import Trial, TrialStore, name_of
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray
@@ -412,6 +416,34 @@ def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers(ray_cluster: N
                 prepared, "wide-or-gpu", config, BASE, scale, options=search.SearchOptions(source="synthetic")
             )
     assert not prepared.exists("searches", "wide-or-gpu")
+
+
+# --- on GPUs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_has_the_workers_that_its_plan_has_found_room_for(
+    prepared: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One on the only GPU, though two are the default: two would be refused after all trials are done."""
+    started: list[trainer.RunSpec] = []
+    monkeypatch.setattr(trainer, "train", lambda storage, run: started.append(run))
+    scale, manifest = SearchScale(gpus_per_trial=0.5), load_manifest(prepared)
+    plan = search_plan_for([{"CPU": 8.0, "GPU": 1.0}], CONFIG, BASE, scale, manifest, refit=True)
+    spec = search.SearchSpec(prepared, "one-gpu", BASE, scale, plan, manifest, search.SearchOptions(refit=True))
+    search.refit_winner(spec, Trial("t0000", {}, history=[{"epoch": 1, "val_accuracy": 0.9, "val_loss": 0.3}]))
+    assert [(run.scale.num_workers, run.scale.use_gpu) for run in started] == [("1", "yes")]
+
+
+def test_a_trial_takes_its_share_of_a_gpu_before_anything_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        """What a GPU would be asked for."""
+
+    def ask(share: float, device: torch.device) -> None:
+        raise Asked(f"{share} of {device}")
+
+    monkeypatch.setattr(trial, "share_of_memory", ask)
+    with pytest.raises(Asked, match=r"0\.25 of cuda"):
+        trial.open_run(BASE, {"use_gpu": True, "gpu_share": 0.25})
 
 
 # --- the scheduler alone --------------------------------------------------------------------------------------------

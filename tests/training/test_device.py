@@ -31,8 +31,10 @@ from fashion.model.device import (
     reset_peak_memory,
     set_arithmetic,
     share_of_memory,
+    to_device,
 )
 from fashion.training import batches, checkpoint, loop, sync
+from fashion.training import run as run_module
 from fashion.training.batches import Augmentation, Batch, shuffled_batches
 from fashion.training.ema import update_ema
 from fashion.training.optimizer import Muon, build_optimizer, make_capturable, set_learning_rates, state_names
@@ -69,14 +71,17 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def run_on(device: torch.device, config: TrainConfig, rows: int = 512) -> TrainingRun:
-    """Return a run at its start, on rows of one seed."""
+def run_on(
+    device: torch.device, config: TrainConfig, rows: int = 512, number: int = 0, world_size: int = 1
+) -> TrainingRun:
+    """Return a run at its start, on rows of one seed; of several ranks, each takes the rows that are its own."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (rows, 1, 28, 28), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(0, 10, (rows,), generator=generator).to(device)
-    rank = Rank(device=device)
-    train = resident_batches(config, images, labels, rank, config.steps_per_epoch(rows))
-    return TrainingRun(config, Shards(train, (images[:32], labels[:32]), rows, 32, 0.3, 0.35), rank, without_ddp)
+    rank, own = Rank(number, world_size, device), slice(number, None, world_size)
+    train = resident_batches(config, images[own], labels[own], rank, config.steps_per_epoch(rows))
+    val = images[:32][own], labels[:32][own]
+    return TrainingRun(config, Shards(train, val, rows, 32, 0.3, 0.35), rank, without_ddp)
 
 
 def put(model: nn.Module, device: torch.device) -> nn.Module:
@@ -118,6 +123,31 @@ def test_no_tensor_crosses_devices_in_a_step_after_the_first_and_nothing_waits(
     assert per_step[0].crossings, "the epoch is sent once, before its first step"
     assert [step.crossings for step in per_step[1:]] == [[]] * 3
     assert [step.waits for step in per_step[1:]] == [[]] * 3
+
+
+def test_a_copy_to_a_gpu_does_not_wait_for_what_the_gpu_still_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ordinary memory it would, and the wait would count as one for data."""
+    pinned: list[Tensor] = []
+    copies: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                assert args[0] is pinned[-1], "it is copied from page-locked memory"
+                copies.append((kwargs or {}).get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        rows = torch.zeros(3)
+        with Copies():
+            sent = to_device(rows, GPU)
+    assert (sent.device, copies) == (GPU, [True])
 
 
 def test_muon_on_a_gpu_takes_few_operations_and_a_cpu_keeps_its_blocks() -> None:
@@ -360,6 +390,14 @@ def test_deterministic_kernels_are_asked_of_cudnn_and_cublas(settings_restored: 
     assert not torch.are_deterministic_algorithms_enabled(), "the next run of the process did not ask for it"
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_asks_for_the_arithmetic_of_its_settings(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(run_module, "set_arithmetic", lambda *settings: asked.append(settings))
+    run_on(CPU, replace(SMALL, deterministic=deterministic), rows=48)
+    assert asked == [("fp32", deterministic, CPU)]
+
+
 def test_tf32_is_a_precision_of_new_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loop.resolve_precision("tf32", CPU) == "fp32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -378,6 +416,15 @@ def test_a_run_in_a_reused_process_does_not_carry_the_peak_of_the_one_before() -
     reset_peak_memory(CPU)
     assert peak_memory_bytes() < high - 100_000_000
     assert device_module.peak_gpu_memory_bytes(CPU) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not reset peaks")
+def test_a_run_forgets_the_peaks_of_its_process_when_it_begins() -> None:
+    block = torch.ones(100_000_000)  # 400 MB, of which the run's own network takes little
+    high = peak_memory_bytes()
+    del block
+    run_on(CPU, SMALL, rows=48)
+    assert peak_memory_bytes() < high - 150_000_000
 
 
 def check_peak_of_a_reused_process() -> None:
@@ -407,6 +454,11 @@ def test_the_peak_of_a_gpu_starts_without_what_torch_kept_of_it(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
     reset_peak_memory(GPU)
     assert calls == ["empty", "reset"]
+
+
+def test_the_peak_of_a_gpu_is_what_torch_has_held_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {GPU: 7_000_000_000}.get)
+    assert device_module.peak_gpu_memory_bytes(GPU) == 7_000_000_000
 
 
 def test_a_side_stream_waits_for_the_present_one_and_that_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +547,13 @@ def check_ranks(rank: int, folder: str) -> None:
     assert sync.drifted_ranks(run.model, CPU) == []
     momentum = run.optimizer.state[run.model.conv4.weight]["momentum"].sum()
     assert sync.largest(float(momentum), CPU) == -sync.largest(-float(momentum), CPU)
+    # Without DDP each goes its own way, and the loop looks after every epoch.
+    apart = run_on(CPU, SMALL, rows=32, number=rank, world_size=2)
+    list(apart.epochs())
+    assert sync.drifted_ranks(apart.model, CPU) == []
+    assert [note.partition(",")[0] for note in apart.notes] == [
+        "after epoch 1 the weights of worker(s) 1 differed from worker 0's"
+    ]
 
 
 @pytest.mark.slow
