@@ -359,6 +359,7 @@ def check_columns_of_unlike_machines(rank: int, folder: str) -> None:
         "peak_memory_bytes": 3_000,
         "peak_gpu_memory_bytes": 60_000,
     }
+    dist.destroy_process_group()
 
 
 def test_workers_tell_their_own_machines_and_the_memory_of_the_largest(tmp_path: Path) -> None:

@@ -400,6 +400,9 @@ def test_a_run_asks_for_the_arithmetic_of_its_settings(deterministic: bool, monk
 
 def test_tf32_is_a_precision_of_new_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loop.resolve_precision("tf32", CPU) == "fp32"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "has_tf32", lambda device: True)
+        assert loop.resolve_precision("tf32", CPU) == "tf32", "the column says what is computed"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not loop.has_tf32(GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -554,6 +557,7 @@ def check_ranks(rank: int, folder: str) -> None:
     assert [note.partition(",")[0] for note in apart.notes] == [
         "after epoch 1 the weights of worker(s) 1 differed from worker 0's"
     ]
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
