@@ -15,6 +15,8 @@ from PIL import Image
 
 from fashion.config import CLASS_NAMES, TrainConfig, UserError
 from fashion.data.rows import Split, to_table
+from fashion.data.shards import StoredRows
+from fashion.inference import classifier as classifier_module
 from fashion.inference import evaluation
 from fashion.inference.classifier import SETTINGS, Classifier, build_network, read_image
 from fashion.reports import schemas, tables
@@ -58,6 +60,28 @@ def test_it_gives_the_bits_of_the_evaluation(precision: str, settings: dict[str,
     assert np.ptp(found.probabilities, axis=0).max() > 0.01, "images differ"
     assert found.probabilities.dtype == np.float32 and found.labels.dtype == np.uint8
     np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
+
+
+def test_classes_are_computed_in_the_arithmetic_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a GPU has to be asked for, before it computes anything."""
+
+    class Asked(Exception):
+        """What a GPU would be asked for."""
+
+    def ask(precision: str, deterministic: bool, device: torch.device) -> None:
+        raise Asked(f"{precision}, {deterministic}, {device}")
+
+    monkeypatch.setattr(classifier_module, "set_arithmetic", ask)
+    monkeypatch.setattr(evaluation, "set_arithmetic", ask)
+    model = drawn_network(deterministic=True)
+    with pytest.raises(Asked, match="fp32, True, cpu"):
+        Classifier(model).predict(IMAGES[:1])
+    threads = torch.get_num_threads()
+    spec = evaluation.ModelSpec(
+        storage="", folder="", config=model.config, precision="tf32", threads=threads, use_gpu=True
+    )
+    with pytest.raises(Asked, match="tf32, True, cuda"):
+        evaluation.classify(StoredRows.of_blocks([], []), spec)
 
 
 def test_it_takes_any_number_of_images_in_any_layout() -> None:
