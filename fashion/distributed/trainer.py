@@ -176,7 +176,7 @@ def first_row(spec: RunSpec, manifest: Manifest, stored: dict[str, Any]) -> dict
 
 
 def identity_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """Return the columns of the `runs` table that say what is trained: data, code, settings, network and machine."""
+    """Return the columns of the `runs` table that say what is trained: data, code, settings, network, versions."""
     return {
         "dataset": manifest.dataset,
         "dataset_sha256": manifest.sha256,
