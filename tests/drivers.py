@@ -136,7 +136,7 @@ class Driver:
 
 def stood_for(process: psutil.Process) -> psutil.Process:
     """Return the process that a proxy stands for, and any other process itself: see `forkserver`."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, psutil.NoSuchProcess):
         return psutil.Process(int(Path(os.environ.get(FORKSERVER_FOLDER, os.devnull), str(process.pid)).read_text()))
     return process
 

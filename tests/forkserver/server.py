@@ -2,7 +2,7 @@
 them. `python server.py FOLDER` ends when its standard input does.
 
 The process that is started stays as a proxy of the forked one. `FOLDER/PID`, named after the proxy, holds the number of
-the forked process as long as it lives.
+the server's child, which is the forked process or, for a host of its own, ends with it.
 
 Ray itself is not among it: its library reads the environment when it is loaded, and each worker has its own.
 """
@@ -133,22 +133,17 @@ class Server:
         """
         proxy = peer(connection)
         if child := os.fork():
-            self.note(proxy, child)
+            path = self.folder / str(proxy)
+            path.with_suffix(".new").write_text(str(child))
+            path.with_suffix(".new").rename(path)
             return child
         self.forget()
         if enter_namespaces(proxy):
             child = os.fork()
             if child:
-                self.note(proxy, child)
                 stand_for(child)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return 0
-
-    def note(self, proxy: int, child: int) -> None:
-        """Write down which process a proxy stands for."""
-        path = self.folder / str(proxy)
-        path.with_suffix(".new").write_text(str(child))
-        path.with_suffix(".new").rename(path)
 
     def forget(self) -> None:
         """In a child: leave what is the server's."""
@@ -213,7 +208,6 @@ def stand_for(child: int) -> NoReturn:
         signal.signal(number, lambda number, _: os.kill(child, number))
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if (number := os.WTERMSIG(status)) != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """Python reads this when it starts. The tests have it on PYTHONPATH, so that Ray's processes are forked from
 `forkserver/server.py`, which has imported torch and the rest already: that import is most of what a small test would
-otherwise do. So are the project's jobs.
+otherwise do. So are the project's commands.
 
 The process that was started stays as a proxy: it passes signals on, ends as the forked one ends, and takes it along
 when it is killed.
