@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fashion import cli
 from fashion.config import ScaleConfig, require
+
+if TYPE_CHECKING:
+    from fashion.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     require(flags.repeats >= 3, f"--repeats {flags.repeats} must be at least 3")
     from fashion.bench.rows import ROWS
     from fashion.cluster import connection
-    from fashion.reports import console, tables
+    from fashion.reports import tables
     from fashion.storage import open_storage
 
     out = Path(flags.out).expanduser().absolute() if flags.out else None
@@ -49,8 +53,20 @@ def main(argv: Sequence[str]) -> None:
     require(not unknown, f"--rows {','.join(unknown)} does not exist; known are {', '.join(ROWS)}")
     tables.open_reports(storage)
     connection.connect()
-    measurements = [each for letter in letters for each in ROWS[letter](storage, flags.scale, flags.repeats)]
-    rows = [measurement.columns() for measurement in measurements]
+    rows: list[dict[str, Any]] = []
+    try:
+        for letter in letters:
+            rows += [measured.columns() for measured in ROWS[letter](storage, flags.scale, flags.repeats)]
+    finally:  # rows take minutes: those before one that fails are kept
+        if rows:
+            write_rows(storage, rows, out)
+
+
+def write_rows(storage: "Storage", rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Write the rows as a file of the table `bench`, and as `out`; print them."""
+    from fashion.reports import console, tables
+    from fashion.storage import open_storage
+
     path = tables.write_table(storage, "bench", f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}", rows)
     console.print_bench(rows)
     print(f"report: {path}")

@@ -60,14 +60,14 @@ def recording_train_loop(path: str) -> Callable[[dict[str, Any]], dict[str, Any]
         from fashion.training import loop
 
         record_moment(path, "loop")
-        train_step, steps = loop.train_step, itertools.count(1)
+        add, steps = loop.EpochRecord.add, itertools.count(1)
 
-        def recorded_step(*arguments: Any, **options: Any) -> None:
-            train_step(*arguments, **options)
+        def recorded_add(*arguments: Any) -> None:
+            add(*arguments)
             if next(steps) == 1:
                 record_moment(path, "step")
 
-        with patch.object(loop, "train_step", recorded_step):
+        with patch.object(loop.EpochRecord, "add", recorded_add):
             return worker.train_loop_per_worker(settings)
 
     return train_loop_per_worker

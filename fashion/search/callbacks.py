@@ -69,6 +69,7 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
         name = trial_name(trial)
         is_complete = len(self._store.trials[name].history) >= self._store.config.max_epochs
         self._end(name, *self._failures.get(name, ("completed" if is_complete else "stopped", None)))
+        forget_figures(trial)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remove the workers of a crashed trial, whose CPUs its second start needs."""
@@ -78,12 +79,22 @@ class SearchCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no typ
         """Record a trial that Tune does not start again after a crash."""
         # The file that Tune has just written; `trial.get_error` reads the copy in the storage, which may come later.
         self._end(trial_name(trial), "error", trainer.summarise_error(Path(trial.error_file).read_text()))
+        forget_figures(trial)
 
     def _end(self, name: str, status: str, error: str | None) -> None:
         remove_workers(self._engine, self._search_id, name)
         print(f"{name}  {status}" + (f": {error}" if error else ""), flush=True)
         # Only once the end is durable: a trial whose end is lost in a crash goes on from its checkpoint.
         self._store.end(name, status, error, then=partial(remove_checkpoint, self._storage, self._search_id, name))
+
+
+def forget_figures(trial: Any) -> None:
+    """Clear what Tune has summed up of each figure of a trial that ended, which nobody here asks it for.
+
+    That is the least, greatest, mean and latest values of some thirty figures, most of what a trial costs the driver.
+    """
+    trial.metric_analysis.clear()
+    trial.metric_n_steps.clear()
 
 
 def remove_checkpoint(storage: Storage, search_id: str, name: str) -> None:

@@ -156,6 +156,15 @@ def test_a_moment_is_that_of_the_slowest_process(tmp_path: Path) -> None:
     assert moments["step"] == pytest.approx(time.time(), abs=60)
 
 
+@pytest.mark.commands
+def test_the_start_of_a_run_is_measured_to_the_end_of_its_first_step(tiny_storage: Storage) -> None:
+    from fashion.bench import programs
+
+    moments = programs.start_job(tiny_storage, ScaleConfig(num_workers="1"), "startup-0")
+    assert list(moments) == ["started", "imported", "connected", "loop", "step"]
+    assert list(moments.values()) == sorted(moments.values())
+
+
 def test_a_reference_program_responds_and_one_that_exits_says_why() -> None:
     script = (
         "from fashion.bench.reference_process import requests, respond\nfor steps in requests(): respond(2 * steps)"

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from fashion import cli
@@ -23,8 +25,10 @@ from fashion.bench.measurement import Measurement, alternate
 from fashion.bench.scale import reporting
 from fashion.cluster import connection
 from fashion.config import ScaleConfig, require
-from fashion.reports import tables
+from fashion.reports import provenance, tables
 from fashion.reports.page.build import build_page
+from fashion.reports.page.content import BLUE, VERMILLION, Figure, Panel, Series, Style
+from fashion.reports.page.drawing.matplotlib_png import figure_png
 from fashion.search.sampler import pending_points
 from fashion.search.scheduler import replay_scheduler
 from fashion.search.space import SearchConfig
@@ -37,8 +41,9 @@ SEARCH_ID = "growth"
 class Flags:
     """Flags of `fashion.bench.scale.growth`."""
 
-    storage: str = ""
-    """Folder or URI in which the searches are kept, each in a folder that is removed; by default a temporary folder."""
+    storage: tuple[str, ...] = ()
+    """Folders or URIs in which the searches are kept, each in a folder that is removed; by default a temporary
+    folder."""
     trials: tuple[int, ...] = (100, 1000, 5000)
     """Numbers of trials to measure."""
     epochs: int = 3
@@ -47,6 +52,10 @@ class Flags:
     """Trials at a time, each in a process."""
     alone: bool = False
     """Measure Tune alone as well, with the same scheduler: its time and memory."""
+    out: str = ""
+    """File to write the rows to as Parquet."""
+    png: str = ""
+    """File to draw them in as PNG."""
     one: str = ""
     """For the command's own use: `ours` or `alone`, to measure one number of trials in this process."""
 
@@ -56,18 +65,32 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse(Flags, argv, prog="python -m fashion.bench.scale.growth", description=__doc__ or "")
     require(min(flags.trials, default=0) >= 1, f"--trials {flags.trials} must be numbers of at least 1")
     with tempfile.TemporaryDirectory() as folder:
-        uri = flags.storage or folder
+        uris = flags.storage or (folder,)
         if flags.one:
-            print(json.dumps(measure(open_storage(uri), flags.trials[0], flags)), flush=True)
+            print(json.dumps(measure(open_storage(uris[0]), flags.trials[0], flags)), flush=True)
             return
-        rows = []
-        for count in flags.trials:
-            row = run_one("ours", uri, count, flags)
-            if flags.alone:
-                alone = run_one("alone", uri, count, flags)
-                row |= {"s alone": alone["s"], "ratio": row["s"] / alone["s"], "MB alone": alone["MB of the driver"]}
-            rows.append(row)
+        rows = [compare(uri, count, flags) for uri in uris for count in flags.trials]
     reporting.print_table(rows)
+    if flags.out:
+        made_by = {"hardware": provenance.hardware(), "source_hash": provenance.source_hash()} | provenance.versions()
+        pq.write_table(pa.Table.from_pylist([row | made_by for row in rows]), flags.out)
+    if flags.png:
+        Path(flags.png).write_bytes(figure_png(growth_figure(rows)))
+
+
+def compare(uri: str, count: int, flags: Flags) -> dict[str, Any]:
+    """Measure one number of trials in a storage, with `--alone` also of Tune by itself; return the row of the table."""
+    store = "folder" if is_folder(open_storage(uri)) else "object store"
+    row = {"store": store} | run_one("ours", uri, count, flags)
+    if flags.alone:
+        alone = run_one("alone", uri, count, flags)
+        row |= {"s alone": alone["s"], "ratio": row["s"] / alone["s"], "MB alone": alone["MB of the driver"]}
+    return row
+
+
+def is_folder(storage: Storage) -> bool:
+    """Tell whether a storage is a folder of this machine."""
+    return isinstance(storage.fs, pafs.LocalFileSystem)
 
 
 def run_one(side: str, uri: str, count: int, flags: Flags) -> dict[str, Any]:
@@ -77,6 +100,33 @@ def run_one(side: str, uri: str, count: int, flags: Flags) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
+
+
+def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Return the figure of the table: time in the event loop, time of the search and memory by the number of trials."""
+    panels = [
+        growth_panel(rows, "In the event loop", "ms per reported epoch", {"": "ms per epoch"}),
+        growth_panel(rows, "The whole search", "seconds", {"": "s", "Tune alone, ": "s alone"}),
+        growth_panel(rows, "Memory of the driver", "MB", {"": "MB of the driver", "Tune alone, ": "MB alone"}),
+    ]
+    return Figure(name="growth", title="What a search costs as it grows", caption="", panels=panels)
+
+
+def growth_panel(rows: Sequence[dict[str, Any]], title: str, unit: str, columns: dict[str, str]) -> Panel:
+    """Return a panel with a line per store and column; `columns` maps the start of a line's name to its column."""
+    series = []
+    for store, colour, marker in (("folder", BLUE, "circle"), ("object store", VERMILLION, "square")):
+        for prefix, column in columns.items():
+            points = [(row["trials"], row[column]) for row in rows if row["store"] == store and column in row]
+            if points:
+                x, y = zip(*points, strict=True)
+                style = Style(colour, "dot" if prefix else "solid", marker)
+                series.append(Series(name=prefix + store, x=x, y=y, hover=[""] * len(x), style=style))
+    top = 1.25 * max((value for line in series for value in line.y if value is not None), default=1.0)
+    ticks = {float(row["trials"]): f"{row['trials']:,}" for row in rows}
+    return Panel(
+        title=title, x_title="trials", y_title=unit, series=series, log_x=True, x_ticks=ticks, y_range=(0.0, top)
+    )
 
 
 def measure(storage: Storage, count: int, flags: Flags) -> dict[str, Any]:
@@ -148,7 +198,7 @@ def search_vs_tune(storage: Storage, scale: ScaleConfig, repeats: int) -> list[M
     rates = alternate(
         {"ours": lambda repeat: run(repeat, keeps=True), "alone": lambda repeat: run(repeat, keeps=False)}, repeats
     )
-    target = 1 / 1.25 if isinstance(storage.fs, pafs.LocalFileSystem) else 1 / 1.5
+    target = 1 / 1.25 if is_folder(storage) else 1 / 1.5
     return [
         Measurement("l_search_vs_tune_alone", "trials/s", rates["ours"], rates["alone"], target, 1),
         Measurement("l_epochs_in_event_loop_vs_2_ms", "epochs/s", in_loop, [500.0] * repeats, 1.0, 1),
