@@ -27,7 +27,9 @@ STORAGE_ERRORS = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, e
 HORIZONTAL_RULE = re.compile("[-\u2500\u2570\u256f]{3,}")
 START_AGAIN = "start the same command again"
 RESUME = "use --resume"
-DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE", "./results")
+# A variable that is set to nothing counts as unset.
+DEFAULT_STORAGE = os.environ.get("FASHION_STORAGE") or "./results"
+DEFAULT_SOURCE = os.environ.get("FASHION_MNIST_SOURCE") or "auto"
 
 
 def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:

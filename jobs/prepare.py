@@ -1,6 +1,5 @@
 """Prepare Fashion-MNIST: fetch, verify, split and write it as Parquet, once."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ class Flags:
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that holds data, runs and reports."""
-    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    source: str = cli.DEFAULT_SOURCE
     """auto (what is prepared, else what Keras, torchvision or the hub left here, else download), download, synthetic,
     or a folder that holds the data in any form that docs/design.md names."""
     val_rows: int = 5000

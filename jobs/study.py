@@ -1,6 +1,5 @@
 """Run the ablation study: measures against overfitting beside a recipe without them, over the same seeds; resumable."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ class Flags:
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI that every node sees; holds data, runs and reports."""
-    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    source: str = cli.DEFAULT_SOURCE
     """Where data comes from if the storage holds none yet; see jobs.prepare."""
     study_id: str = "study"
     """Name of the study; the same name again continues with the runs that are missing."""

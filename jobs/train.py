@@ -1,6 +1,5 @@
 """Train the network on Ray: one run, checkpoints, Parquet reports, and the test accuracy of the chosen epoch."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ class Flags:
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that every node sees; holds data, runs and reports."""
-    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    source: str = cli.DEFAULT_SOURCE
     """Where data comes from if the storage holds none yet; see jobs.prepare."""
     run_id: str = ""
     """Name of the run; made from preset and time if empty."""

@@ -1,6 +1,5 @@
 """Search learning rate, dropout and more on Ray: many trials, poor ones stopped early by ASHA, the winner refitted."""
 
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ class Flags:
 
     storage: str = cli.DEFAULT_STORAGE
     """Local folder or URI (s3://, gs://, ...) that every node sees; holds data, searches and reports."""
-    source: str = os.environ.get("FASHION_MNIST_SOURCE", "auto")
+    source: str = cli.DEFAULT_SOURCE
     """Where data comes from if the storage holds none yet; see jobs.prepare."""
     search_id: str = ""
     """Name of the search; made from the time if empty."""

@@ -92,3 +92,10 @@ def test_the_advice_is_a_flag_that_the_job_has(
     assert has_resume == (path.stem in ("train", "tune"))
     told = "use --resume" if has_resume else "start the same command again"
     assert capsys.readouterr().err.endswith(f"or give access, then {told}\n")
+
+
+def test_a_variable_set_to_nothing_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FASHION_STORAGE", "FASHION_MNIST_SOURCE"):
+        monkeypatch.setenv(name, "")
+    defaults = runpy.run_path(str(ROOT / "fashion" / "cli.py"))
+    assert (defaults["DEFAULT_STORAGE"], defaults["DEFAULT_SOURCE"]) == ("./results", "auto")

@@ -40,7 +40,7 @@ def free_port() -> int:
 
 def dashboard_port() -> int:
     """Return the dashboard's port: DASHBOARD_PORT, or 8265. Exits with one line if that is no port."""
-    text = os.environ.get("DASHBOARD_PORT", "8265")
+    text = os.environ.get("DASHBOARD_PORT") or "8265"
     if not text.isdecimal() or not 0 < int(text) < 2**16:
         refuse(f"DASHBOARD_PORT {text!r} must be a number from 1 to 65535")
     return int(text)

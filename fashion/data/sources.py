@@ -134,8 +134,8 @@ def read_folder(folder: Path, named: str) -> Source:
 
 def usual_places() -> list[Path]:
     """Return the folders where other programs leave the data set: Keras, torchvision's examples, the hub's cache."""
-    keras = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    keras = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     snapshots = sorted(hub.glob("datasets--*fashion_mnist/snapshots/*"))
     return [keras / "datasets" / "fashion-mnist", Path("data"), Path("~/data").expanduser(), *snapshots]
 

@@ -92,7 +92,7 @@ def make_engine() -> Engine:
 
 def uses_internals() -> bool:
     """Return whether runs use `ray_internals`; raises `UserError` for a wrong value of FASHION_RAY_INTERNALS."""
-    choice = os.environ.get(SWITCH, "auto")
+    choice = os.environ.get(SWITCH) or "auto"
     require(choice in ("auto", "no"), f"{SWITCH}={choice} must be auto or no")
     return choice == "auto" and ray.__version__ in TESTED_RAY
 
