@@ -143,12 +143,17 @@ def stood_for(process: psutil.Process) -> psutil.Process:
 
 def family(process: psutil.Process) -> list[psutil.Process]:
     """Return a process and all that it started, with what these stand for."""
-    found = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in (process, *process.children(recursive=True)):
-            found.append(each)
-            if (other := stood_for(each)) != each:
-                found += family(other)
+    # Of each process of the machine its parent is read once: to ask each of the family for its children would take a
+    # tenth of a second, and drivers are looked at ten times in one.
+    children: dict[int, list[psutil.Process]] = {}
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children.setdefault(each.ppid(), []).append(each)
+    found = [process]
+    for each in found:  # it grows meanwhile
+        found += children.get(each.pid, [])
+        if (other := stood_for(each)) != each:
+            found.append(other)
     return found
 
 
