@@ -43,10 +43,10 @@ WORKERS = ["--num-workers", "2", "--cpus-per-worker", "0.5"]
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory, few_archives: Path, ray_cluster: None) -> Storage:
-    """A storage with the run `mine`, trained on the first 3,000 rows, and evaluated on the first 1,000 of test."""
+    """A storage with the run `mine`, trained on few rows, and evaluated on the first 1,000 of test."""
     storage = open_storage(str(tmp_path_factory.mktemp("trained")))
     prepare_archives(storage, few_archives)
-    config = TrainConfig(epochs=4, global_batch_size=50, precision="fp32")
+    config = TrainConfig(epochs=3, max_train_rows=1000, global_batch_size=25, precision="fp32")
     trainer.train(storage, trainer.RunSpec("mine", config, ScaleConfig(num_workers="1")))
     return storage
 
