@@ -30,18 +30,10 @@ from typing import Any, NoReturn
 LIBRARIES = (
     *("numpy", "pandas", "pyarrow", "pyarrow.compute", "pyarrow.dataset", "pyarrow.fs", "pyarrow.parquet"),
     *("torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel", "torch.utils.data"),
-    *("torchvision", "safetensors.torch"),
-    *("aiohttp.web", "click", "filelock", "fsspec", "google.protobuf", "grpc.aio", "jsonschema", "msgpack"),
-    *(
-        "opentelemetry",
-        "packaging.version",
-        "prometheus_client",
-        "psutil",
-        "pydantic",
-        "requests",
-        "rich.console",
-        "yaml",
-    ),
+    *("torchvision", "safetensors.torch", "scipy.stats", "optuna"),
+    *("aiohttp.web", "click", "fastapi", "filelock", "fsspec", "google.protobuf", "grpc.aio", "jinja2", "jsonschema"),
+    *("msgpack", "opentelemetry.sdk.metrics", "packaging.version", "prometheus_client", "psutil", "pydantic"),
+    *("requests", "rich.progress", "tyro", "yaml"),
 )
 # Where one of these differs, a library might have done something else when it was imported.
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH_", "CUDA_")
