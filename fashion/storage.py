@@ -48,6 +48,11 @@ class Storage:
     flag: str = "--storage"
     """The flag that named it, for messages."""
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder that this machine sees as its own, and not an object store."""
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
     def path(self, *parts: str) -> str:
         """Return the path of `parts` below the root, in the form that `fs` takes.
 
@@ -76,7 +81,7 @@ class Storage:
         for _ in range(READ_ATTEMPTS):
             with self.fs.open_input_file(path) as stream:
                 content = bytes(stream.read())
-                if isinstance(self.fs, pafs.LocalFileSystem):
+                if self.is_folder:
                     return content  # a local file that is open keeps its content when another replaces it
                 # The stream reads as many bytes as the object had when it was opened. If a longer object has replaced
                 # it since, these are a part of that one.
@@ -92,7 +97,7 @@ class Storage:
         object visible only when it is complete.
         """
         path = self.path(*parts)
-        if not isinstance(self.fs, pafs.LocalFileSystem):
+        if not self.is_folder:
             # In a thread, which Ctrl-C does not interrupt. An exception would close the stream, and closing it
             # completes the object: an empty or truncated one would replace the old one.
             with ThreadPoolExecutor(1) as thread:
@@ -128,7 +133,7 @@ class Storage:
         folder; in an object store, at most the empty object with which pyarrow marks the root as a folder.
         """
         try:
-            if isinstance(self.fs, pafs.LocalFileSystem):
+            if self.is_folder:
                 for folder in folders or ("",):
                     tempfile.TemporaryFile(dir=nearest_folder(Path(self.root, folder))).close()
             else:
@@ -183,7 +188,7 @@ def open_storage(uri: str, flag: str = "--storage") -> Storage:
     holds_keys = scheme == "s3" and "@" in rest.partition("/")[0]
     require(not holds_keys, f"{flag} holds keys, which would be read in logs and lists of processes; {way_out}")
     try:
-        filesystem, root = pafs.FileSystem.from_uri(uri)
+        filesystem, root = pafs.FileSystem.from_uri(with_single_requests(uri) if scheme == "s3" else uri)
         root = root.rstrip("/")
         found = with_limits(filesystem).get_file_info(root or "/")
     except (pa.ArrowInvalid, OSError) as error:
@@ -203,6 +208,13 @@ def open_storage(uri: str, flag: str = "--storage") -> Storage:
             there = with_limits(filesystem).get_file_info(bucket).type != pafs.FileType.NotFound
             require(there, f"{flag} {uri} is in bucket {bucket}, which does not exist; make it, or name another")
     return Storage(uri=uri.rstrip("/"), fs=filesystem, root=root, flag=flag)
+
+
+def with_single_requests(uri: str) -> str:
+    """Return an `s3://` URI by which pyarrow writes a small object in one request, and not in three."""
+    if "allow_delayed_open=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
 
 
 def with_limits(filesystem: pafs.FileSystem) -> pafs.FileSystem:

@@ -25,7 +25,7 @@ class Flags:
     the bare step), c (against torchrun), d (batches against Ray Data), e (against Keras), f (more workers), g (batches
     against index_select), h (start-up), i (trials of a search), j (time to the published accuracy: most of an hour),
     k (the job on GPUs: time to that accuracy, images/s, memory), l (a search of 500 trials that only report, against
-    Tune alone)."""
+    Tune alone), m (an evaluation, against actors under Ray Data)."""
     repeats: int = 7
     """How often each side is timed, >= 3; row j runs once."""
     out: str = ""

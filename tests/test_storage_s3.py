@@ -4,6 +4,7 @@ The tests install it into an environment of its own, `.moto`: botocore, which it
 python-dateutil than `uv.lock` has. Its version is fixed: pyarrow took the end of every upload to 5.2.1 for a failure.
 """
 
+import itertools
 import json
 import os
 import random
@@ -234,15 +235,17 @@ def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
     """By longer ones and by shorter ones; a healthy file that is called damaged might be removed."""
     place = open_storage(uri_of(port, "bucket/replaced"))
     row = {"split": "val", "loss": 0.5, "accuracy": 0.5, "rows": 100}
-    versions = [[row | {"epoch": epoch + 1} for epoch in range(count)] for count in (1, 400, 40)]
     over = threading.Event()
 
     def write() -> None:
-        while not over.is_set():
-            for rows in versions:
+        for number in itertools.count():
+            for count in (1, 400, 40):  # none twice with the same content, which a reader takes for the same file
+                rows = [row | {"epoch": epoch + 1, "lr": float(number)} for epoch in range(count)]
                 tables.write_table(place, "epochs", "mine", rows)
+            if over.is_set():
+                return
 
-    tables.write_table(place, "epochs", "mine", versions[0])
+    tables.write_table(place, "epochs", "mine", [row | {"epoch": 1}])
     writer = threading.Thread(target=write)
     writer.start()
     try:
@@ -420,3 +423,17 @@ def test_a_search_keeps_its_trials_there(remote: Storage) -> None:
         assert tables.read_table(remote, table, "few-t0001")
     assert not remote.exists("searches", "few", "journal")
     assert not remote.exists("searches", "few", "t0000", "checkpoints")
+    of_the_search = pafs.FileSelector(remote.path("searches", "few"), recursive=True)
+    names = [info.base_name for info in remote.fs.get_file_info(of_the_search) if info.type == pafs.FileType.File]
+    assert names == ["search.json"], "Tune's files are not there"
+
+
+def test_a_small_file_is_written_in_one_request(port: int) -> None:
+    from fashion.bench.scale import slow_store
+
+    with slow_store.proxy(f"127.0.0.1:{port}", 3.0) as address:
+        place = open_storage(uri_of(int(address.rpartition(":")[2]), "bucket/few"))
+        started = time.monotonic()
+        place.write_bytes(b"content", "file")
+        assert 3.0 <= time.monotonic() - started < 6.0
+    assert open_storage(uri_of(port, "bucket/few")).read_bytes("file") == b"content"

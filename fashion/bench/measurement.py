@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fashion.cluster.plan import make_plan
-from fashion.config import ScaleConfig, TrainConfig
+from fashion.config import ScaleConfig, TrainConfig, require
 from fashion.data.manifest import load_manifest
 from fashion.distributed import trainer
 from fashion.distributed.trainers import make_engine, run_config
@@ -59,6 +59,11 @@ class Measurement:
 def inverse(seconds: list[float]) -> list[float]:
     """Turn durations into rates per hour, so that larger is better."""
     return [3600 / duration for duration in seconds]
+
+
+def require_folder(storage: Storage, row: str) -> None:
+    """Raise `UserError` unless the storage is a local folder, which the row `row` needs."""
+    require(storage.is_folder, f"--storage {storage.uri}: row {row} needs a folder of this machine")
 
 
 def alternate(sides: Mapping[str, Callable[[int], float]], repeats: int) -> Rates:

@@ -13,10 +13,17 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from pyarrow import fs as pafs
 
 from fashion.bench import startup
-from fashion.bench.measurement import Measurement, Rates, alternate, inverse, run_in_workers, time_all_ranks
+from fashion.bench.measurement import (
+    Measurement,
+    Rates,
+    alternate,
+    inverse,
+    require_folder,
+    run_in_workers,
+    time_all_ranks,
+)
 from fashion.bench.reference_keras import ACCURACY
 from fashion.bench.reference_process import (
     ReferenceProcess,
@@ -192,12 +199,6 @@ def scratch(storage: Storage) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "data").symlink_to(storage.path("data"))
         yield folder
-
-
-def require_folder(storage: Storage, row: str) -> None:
-    """Raise `UserError` unless the storage is a local folder, which the row `row` needs."""
-    is_folder = isinstance(storage.fs, pafs.LocalFileSystem)
-    require(is_folder, f"--storage {storage.uri}: row {row} needs a folder of this machine")
 
 
 # --- j: time to the published accuracy ------------------------------------------------------------------------------

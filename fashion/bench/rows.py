@@ -21,5 +21,6 @@ ROWS: dict[str, Callable[[Storage, ScaleConfig, int], list[Measurement]]] = {
     "j": programs.time_to_accuracy,
     "k": programs.job_on_gpus,
     "l": growth.search_vs_tune,
+    "m": trials.tasks_vs_actors,
 }
 """Letter -> `measure(storage, scale, repeats)`, which times each side `repeats` times."""

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyarrow import fs as pafs
-
 from fashion.config import UserError
 from fashion.storage import Storage
 
@@ -49,7 +47,7 @@ class NameLock:
         self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
 
     def __enter__(self) -> Self:
-        if isinstance(self._storage.fs, pafs.LocalFileSystem):
+        if self._storage.is_folder:
             self._lock_file()
         else:
             self._lock_object()

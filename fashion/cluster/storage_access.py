@@ -130,7 +130,7 @@ def file_state(storage: Storage, path: str) -> tuple[int, int] | None:
 
     Returns None if it is not there, or may not be looked at; raises `OSError` if the storage does not answer.
     """
-    if not isinstance(storage.fs, pafs.LocalFileSystem):
+    if not storage.is_folder:
         info = storage.fs.get_file_info(path)
         return (info.size, 0) if info.type == pafs.FileType.File else None
     try:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import ray.exceptions
 import ray.train
-from pyarrow import fs as pafs
 
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
@@ -256,7 +255,7 @@ def fit(run: PlannedRun, engine: Engine, say: Callable[[str], None]) -> dict[str
 
 def tensorboard_writers(storage: Storage, run_id: str, config: TrainConfig) -> list[TensorBoard]:
     """Return the writer of the run's TensorBoard event files; none in an object store, where files cannot grow."""
-    if not isinstance(storage.fs, pafs.LocalFileSystem):
+    if not storage.is_folder:
         return []
     return [TensorBoard(storage.path(schemas.RUNS_FOLDER, run_id, FOLDER), config.to_dict())]
 

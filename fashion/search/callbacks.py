@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
+from ray.tune.logger.tensorboardx import TBXLoggerCallback
+from ray.tune.result import TRAINING_ITERATION
 
 from fashion.distributed import trainer
 from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
 from fashion.search.scheduler import trial_name
-from fashion.search.trial import CHECKPOINTS, TRIAL, remove_workers
-from fashion.search.trial_store import TrialStore
+from fashion.search.space import TRIAL
+from fashion.search.trial import remove_workers
+from fashion.search.trial_store import CHECKPOINTS, TrialStore
 from fashion.storage import Storage
 from fashion.training.metrics import NOTES, TIMES, Metrics
 
@@ -95,6 +98,15 @@ def forget_figures(trial: Any) -> None:
     """
     trial.metric_analysis.clear()
     trial.metric_n_steps.clear()
+
+
+class Curves(TBXLoggerCallback):  # type: ignore[misc]  # Ray has no types
+    """Writes each trial's figures for TensorBoard, in Tune's event loop: without the dozen figures that Tune adds."""
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        """Write the figures of an epoch."""
+        wanted = RECORDED_METRICS | {TRAINING_ITERATION}
+        super().log_trial_result(iteration, trial, {name: value for name, value in result.items() if name in wanted})
 
 
 def remove_checkpoint(storage: Storage, search_id: str, name: str) -> None:

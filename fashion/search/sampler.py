@@ -8,8 +8,8 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from fashion.search.space import CHOICES, LOG_UNIFORM
-from fashion.search.trial import METRIC, TRIAL
+from fashion.search.space import CHOICES, LOG_UNIFORM, TRIAL
+from fashion.search.trial import METRIC
 from fashion.search.trial_store import ENDED, TrialStore, name_of
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler
 
-from fashion.search.space import SearchConfig
-from fashion.search.trial import METRIC, TRIAL
+from fashion.search.space import TRIAL, SearchConfig
+from fashion.search.trial import METRIC
 from fashion.search.trial_store import ENDED, TrialStore
 from fashion.training.metrics import rung_score
 

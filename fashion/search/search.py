@@ -5,16 +5,17 @@ snapshots are never read. What a search has learned lies in its reports and in t
 trials; to go on, a fresh scheduler is shown every result again, and unfinished trials start from their checkpoints.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.tune
 from pyarrow import fs as pafs
-from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
 from fashion.cluster import connection
 from fashion.cluster.lock import NameLock
@@ -28,16 +29,16 @@ from fashion.distributed import trainer
 from fashion.distributed.trainers import make_engine, run_in_thread, uses_internals
 from fashion.reports import runs, schemas, tables
 from fashion.reports.tracking import check_mlflow
-from fashion.search.callbacks import SearchCallback
+from fashion.search.callbacks import Curves, SearchCallback
 from fashion.search.findings.table import write_findings
 from fashion.search.plan import SearchPlan, TrialLimit, make_search_plan
 from fashion.search.sampler import PlannedSampler, build_sampler, pending_points
 from fashion.search.scheduler import replay_scheduler, trial_name
 from fashion.search.space import SearchConfig, SearchScale
 from fashion.search.stored_settings import check_new_search, check_same_search, read_settings, write_settings
-from fashion.search.trial import CHECKPOINTS, remove_workers, train_trial
-from fashion.search.trial_store import Trial, TrialStore
-from fashion.storage import Storage
+from fashion.search.trial import remove_workers, train_trial
+from fashion.search.trial_store import CHECKPOINTS, Trial, TrialStore
+from fashion.storage import Storage, open_storage
 
 RETRIES = 1
 
@@ -186,9 +187,10 @@ def run_trials(
     limit = TrialLimit(store.config, scale, has_autoscaler=autoscaler_status().is_there)
     # Ours is the last one: Tune starts a trial again if a callback fails at its end, which is noted then already.
     callbacks = [*loggers(spec), SearchCallback(storage, search_id, store, engine)]
-    tuner = build_tuner(storage, search_id, store, points, trainable, limit, callbacks, scale.time_budget_s)
     try:
-        run_in_thread(tuner.fit)
+        with storage_of_tune(storage) as place:
+            tuner = build_tuner(place, search_id, store, points, trainable, limit, callbacks, scale.time_budget_s)
+            run_in_thread(tuner.fit)
     finally:
         limit.ask_for(0)
         for trial in store.unfinished():
@@ -198,19 +200,29 @@ def run_trials(
 
 
 def loggers(spec: SearchSpec) -> list[ray.tune.Callback]:
-    """Return the callbacks that write curves for TensorBoard, where the storage is a folder, and tell MLflow of them.
-
-    Tune copies all files for TensorBoard into the storage again and again: in an object store, where nothing shows
-    them, each of these copies costs some requests per trial.
-    """
+    """Return the callbacks that tell MLflow of trials and, in a folder, write curves for TensorBoard."""
     found: list[ray.tune.Callback] = []
-    if isinstance(spec.storage.fs, pafs.LocalFileSystem):
-        found.append(TBXLoggerCallback())
+    if spec.storage.is_folder:
+        found.append(Curves())
     if spec.options.mlflow:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         found.append(MLflowLoggerCallback(spec.options.mlflow, experiment_name=spec.search_id))
     return found
+
+
+@contextlib.contextmanager
+def storage_of_tune(storage: Storage) -> Iterator[Storage]:
+    """Give the storage for Tune's own files: the search's where that is a folder, otherwise a temporary folder.
+
+    Nothing here reads them but TensorBoard, whose curves are written into a folder alone. In an object store Tune's
+    event loop would wait for four requests at each start of a trial, and hold a connection for each trial.
+    """
+    if storage.is_folder:
+        yield storage
+        return
+    with tempfile.TemporaryDirectory(prefix="fashion-tune-", ignore_cleanup_errors=True) as folder:
+        yield open_storage(folder)
 
 
 def build_tuner(
@@ -225,7 +237,8 @@ def build_tuner(
 ) -> ray.tune.Tuner:
     """Return the Tuner of a search, which runs `trainable` for each of `points` and resumes from nothing of Tune's own.
 
-    `limit` says how many trials may run at a time. Sets variables of the environment that Tune reads.
+    `storage` is for Tune's own files; `limit` says how many trials may run at a time. Sets variables of the environment
+    that Tune reads.
     """
     quieten_tune()
     # Tune starts one trial at a time if it is not told how many may wait for a process; `limit` decides.

@@ -28,6 +28,9 @@ LOG_UNIFORM = ("lr", "weight_decay")
 UNIFORM = ("dropout_conv", "dropout_fc", "label_smoothing")
 CHOICES = ("padding", "depth")
 
+TRIAL = "trial"
+"""Key of the trial's name, such as `t0003`, in its point. Tune's own trial ids change when a search is resumed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:

@@ -19,16 +19,14 @@ from fashion.distributed import ingest, worker
 from fashion.distributed.trainers import Engine, run_config
 from fashion.model.device import share_of_memory
 from fashion.reports.schemas import SEARCHES_FOLDER
+from fashion.search.space import TRIAL
+from fashion.search.trial_store import CHECKPOINTS
 from fashion.storage import open_storage
 from fashion.training import sync
 from fashion.training.checkpoint_manager import CheckpointManager, CheckpointTimer
 from fashion.training.metrics import NOTES, Metrics
 from fashion.training.run import Rank, TrainingRun, without_ddp
 
-TRIAL = "trial"
-"""Key of the trial's name, such as `t0003`, in its point. Tune's own trial ids change when a search is resumed."""
-CHECKPOINTS = "checkpoints"
-"""Folder of a trial's checkpoints, below the trial's own folder."""
 METRIC = "val_accuracy"
 """Metric that Tune's scheduler and searcher read. `scheduler.ASHA` puts another score in its place."""
 

@@ -28,6 +28,8 @@ ENDED = ("completed", "stopped", "diverged", "error")
 """Statuses of a trial that does not run again. The only other status is `running`."""
 RUN_STATUS = {"stopped": "completed", "error": "failed"}
 """Trial status -> status in the `runs` table, where the two differ."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a trial's checkpoints, below the trial's own folder."""
 JOURNAL = "journal"
 """Folder of a search's journal, below the search's folder."""
 LAST_SEGMENT = "journal_segment"

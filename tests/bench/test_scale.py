@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from fashion.bench.scale import growth, kills, placement, reporting, slow_store
+from fashion.bench.scale.reporter import Reporter, metrics_of
 from fashion.reports import tables
+from fashion.reports.page.content import Panel
+from fashion.reports.page.drawing.matplotlib_png import figure_png
 from fashion.search.space import SearchConfig
 from fashion.search.trial_store import TrialStore, name_of
 from fashion.storage import Storage
@@ -22,7 +25,7 @@ CONFIG = SearchConfig(num_samples=12, max_epochs=3)
 
 
 def test_a_search_that_only_reports_is_a_whole_search(ray_cluster: None, storage: Storage) -> None:
-    trainable = reporting.trainable(reporting.Reporter(storage.uri, growth.SEARCH_ID, CONFIG.max_epochs))
+    trainable = reporting.trainable(Reporter(storage.uri, growth.SEARCH_ID, CONFIG.max_epochs))
     done = reporting.run_search(storage, growth.SEARCH_ID, CONFIG, trainable, limit=lambda _: 2)
     trials = done.store.trials.values()
     assert {trial.status for trial in trials} == {"completed", "stopped"}
@@ -41,7 +44,7 @@ def test_a_search_that_only_reports_is_a_whole_search(ray_cluster: None, storage
 def test_tune_alone_keeps_nothing(ray_cluster: None, storage: Storage) -> None:
     config = replace(CONFIG, num_samples=2)
     with reporting.scratch(storage) as place:
-        trainable = reporting.trainable(reporting.Reporter(place.uri, growth.SEARCH_ID, config.max_epochs))
+        trainable = reporting.trainable(Reporter(place.uri, growth.SEARCH_ID, config.max_epochs))
         done = reporting.run_search(place, growth.SEARCH_ID, config, trainable, limit=lambda _: 2, keeps=False)
         assert done.store.trials == {}
         assert reporting.num_files(place, "searches") > 0
@@ -69,7 +72,7 @@ def write_search(store: TrialStore, last: int, epochs: int) -> None:
             store.start(name_of(number), settings)
             for epoch in range(1, (epochs if number == last else 3) + 1):
                 point = {"trial": name_of(number)} | settings
-                store.add_epoch(name_of(number), reporting.metrics_of(point, epoch), 1.0)
+                store.add_epoch(name_of(number), metrics_of(point, epoch), 1.0)
             store.end(name_of(number), "completed")
 
 
@@ -132,3 +135,16 @@ def test_the_proxy_holds_back_the_answers_to_writes_alone(echo: str) -> None:
             assert content == ("" if method == "HEAD" else told)
             assert answer.getheader("Content-Length") == str(len(told))
             client.close()
+
+
+def test_growth_is_drawn_with_a_line_per_store_and_side() -> None:
+    rows = [
+        {"store": store, "trials": trials, "ms per epoch": 0.2, "s": 2.0, "s alone": 1.9, "MB of the driver": 900.0}
+        for store in ("folder", "object store")
+        for trials in (100, 1000)
+    ]
+    figure = growth.growth_figure(rows)
+    names = [[line.name for line in panel.series] for panel in figure.panels if isinstance(panel, Panel)]
+    both = ["folder", "object store"]
+    assert names == [both, ["folder", "Tune alone, folder", "object store", "Tune alone, object store"], both]
+    assert figure_png(figure).startswith(b"\x89PNG")

@@ -35,8 +35,7 @@ from fashion.search.plan import search_plan_for
 from fashion.search.sampler import build_sampler, pending_points
 from fashion.search.scheduler import ASHA, TRIAL, TrialKey, replay_scheduler
 from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.trial import CHECKPOINTS
-from fashion.search.trial_store import Trial, TrialStore, name_of
+from fashion.search.trial_store import CHECKPOINTS, Trial, TrialStore, name_of
 from fashion.storage import Storage, open_storage
 
 pytestmark = pytest.mark.ray

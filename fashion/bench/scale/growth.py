@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from fashion import cli
 from fashion.bench.measurement import Measurement, alternate
 from fashion.bench.scale import reporting
+from fashion.bench.scale.reporter import Reporter
 from fashion.cluster import connection
 from fashion.config import ScaleConfig, require
 from fashion.reports import provenance, tables
@@ -80,17 +80,12 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(uri: str, count: int, flags: Flags) -> dict[str, Any]:
     """Measure one number of trials in a storage, with `--alone` also of Tune by itself; return the row of the table."""
-    store = "folder" if is_folder(open_storage(uri)) else "object store"
+    store = "folder" if open_storage(uri).is_folder else "object store"
     row = {"store": store} | run_one("ours", uri, count, flags)
     if flags.alone:
         alone = run_one("alone", uri, count, flags)
         row |= {"s alone": alone["s"], "ratio": row["s"] / alone["s"], "MB alone": alone["MB of the driver"]}
     return row
-
-
-def is_folder(storage: Storage) -> bool:
-    """Tell whether a storage is a folder of this machine."""
-    return isinstance(storage.fs, pafs.LocalFileSystem)
 
 
 def run_one(side: str, uri: str, count: int, flags: Flags) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def measure(storage: Storage, count: int, flags: Flags) -> dict[str, Any]:
     connection.connect(num_cpus=flags.concurrent)
     config = SearchConfig(num_samples=count, max_epochs=flags.epochs)
     with reporting.scratch(storage) as place:
-        trainable = reporting.trainable(reporting.Reporter(place.uri, SEARCH_ID, flags.epochs))
+        trainable = reporting.trainable(Reporter(place.uri, SEARCH_ID, flags.epochs))
         keeps = flags.one == "ours"
         done = reporting.run_search(place, SEARCH_ID, config, trainable, limit=lambda _: flags.concurrent, keeps=keeps)
         row: dict[str, Any] = {"trials": count, "s": done.seconds, "MB of the driver": peak_mb()}
@@ -188,7 +183,7 @@ def search_vs_tune(storage: Storage, scale: ScaleConfig, repeats: int) -> list[M
 
     def run(repeat: int, *, keeps: bool) -> float:
         with reporting.scratch(storage) as place:
-            trainable = reporting.trainable(reporting.Reporter(place.uri, SEARCH_ID, config.max_epochs))
+            trainable = reporting.trainable(Reporter(place.uri, SEARCH_ID, config.max_epochs))
             with unseen():
                 done = reporting.run_search(place, SEARCH_ID, config, trainable, limit=lambda _: 2, keeps=keeps)
         if keeps and repeat > 0:
@@ -198,7 +193,7 @@ def search_vs_tune(storage: Storage, scale: ScaleConfig, repeats: int) -> list[M
     rates = alternate(
         {"ours": lambda repeat: run(repeat, keeps=True), "alone": lambda repeat: run(repeat, keeps=False)}, repeats
     )
-    target = 1 / 1.25 if is_folder(storage) else 1 / 1.5
+    target = 1 / 1.25 if storage.is_folder else 1 / 1.5
     return [
         Measurement("l_search_vs_tune_alone", "trials/s", rates["ours"], rates["alone"], target, 1),
         Measurement("l_epochs_in_event_loop_vs_2_ms", "epochs/s", in_loop, [500.0] * repeats, 1.0, 1),

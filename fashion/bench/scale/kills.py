@@ -22,11 +22,11 @@ import ray
 
 from fashion import cli
 from fashion.bench.scale import reporting
+from fashion.bench.scale.reporter import Reporter, reported
 from fashion.cluster import connection
 from fashion.config import require
 from fashion.reports import tables
-from fashion.search.space import SearchConfig
-from fashion.search.trial import TRIAL
+from fashion.search.space import TRIAL, SearchConfig
 from fashion.search.trial_store import ENDED, Trial
 from fashion.storage import Storage, open_storage
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 def drive(storage: Storage, search_id: str, flags: Flags) -> None:
     """Run a search, or go on with it."""
-    reporter = reporting.Reporter(storage.uri, search_id, flags.epochs, flags.epoch_s, saves=True)
+    reporter = Reporter(storage.uri, search_id, flags.epochs, flags.epoch_s, saves=True)
     trainable = reporting.trainable(reporter)
     reporting.run_search(storage, search_id, flags.config(), trainable, limit=lambda _: flags.concurrent)
 
@@ -152,7 +152,7 @@ def is_whole(storage: Storage, search_id: str, flags: Flags) -> bool:
         return False
     for trial in trials:
         point = {TRIAL: trial.trial_id} | trial.settings
-        history = [reporting.reported(point, epoch) for epoch in range(1, len(trial.history) + 1)]
+        history = [reported(point, epoch) for epoch in range(1, len(trial.history) + 1)]
         ends = [flags.epochs] if trial.status == "completed" else config.rungs
         if trial.status not in ENDED or trial.history != history or len(history) not in ends:
             return False

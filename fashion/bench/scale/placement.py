@@ -19,15 +19,16 @@ from ray.cluster_utils import Cluster
 
 from fashion import cli
 from fashion.bench.scale import growth, reporting
+from fashion.bench.scale.reporter import Reporter, metrics_of
 from fashion.cluster import connection
 from fashion.config import require
 from fashion.distributed import worker
 from fashion.distributed.trainers import make_engine, run_config
 from fashion.reports.schemas import SEARCHES_FOLDER
 from fashion.search.plan import NESTED_TRIAL_BYTES, TrialLimit
-from fashion.search.space import SearchConfig, SearchScale
-from fashion.search.trial import CHECKPOINTS, TRIAL, TuneReporter
-from fashion.search.trial_store import ENDED
+from fashion.search.space import TRIAL, SearchConfig, SearchScale
+from fashion.search.trial import TuneReporter
+from fashion.search.trial_store import CHECKPOINTS, ENDED
 from fashion.storage import Storage, open_storage
 
 SEARCH_ID = "placed"
@@ -133,7 +134,7 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
     config = SearchConfig(num_samples=flags.trials, max_epochs=flags.epochs, workers_per_trial=flags.workers)
     limit = TrialLimit(config, SearchScale(), has_autoscaler=False)
     engine = make_engine() if flags.workers > 1 else None
-    reporter = reporting.Reporter(storage.uri, SEARCH_ID, flags.epochs, flags.epoch_s, saves=True, engine=engine)
+    reporter = Reporter(storage.uri, SEARCH_ID, flags.epochs, flags.epoch_s, saves=True, engine=engine)
     trainable = reporting.trainable(reporter) if flags.workers == 1 else trainable_with_workers(reporter, flags)
     with growth.unseen():
         done = reporting.run_search(
@@ -165,13 +166,13 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
 # --- trials of several workers ----------------------------------------------------------------------------------------
 
 
-def trainable_with_workers(reporter: reporting.Reporter, flags: Flags) -> Any:
+def trainable_with_workers(reporter: Reporter, flags: Flags) -> Any:
     """Return what Tune runs for each trial of several workers, whose own process takes no CPU."""
     trainable = ray.tune.with_parameters(train_with_workers, reporter=reporter, workers=flags.workers)
     return ray.tune.with_resources(trainable, {"memory": NESTED_TRIAL_BYTES})
 
 
-def train_with_workers(point: dict[str, Any], *, reporter: reporting.Reporter, workers: int) -> None:
+def train_with_workers(point: dict[str, Any], *, reporter: Reporter, workers: int) -> None:
     """Run a trial as `trial.train_with_workers` does, with workers that sleep."""
     storage = open_storage(reporter.uri)
     assert reporter.engine is not None, "trials of several workers have one"
@@ -192,7 +193,7 @@ def sleep_and_report(settings: dict[str, Any]) -> None:
         worker.publish_placement_group(reporter.engine, f"{SEARCH_ID}/{point[TRIAL]}")
     for epoch in range(1, reporter.max_epochs + 1):
         time.sleep(reporter.epoch_s)
-        ray.train.report(reporting.metrics_of(point, epoch))
+        ray.train.report(metrics_of(point, epoch))
 
 
 if __name__ == "__main__":

@@ -1,87 +1,32 @@
 """Searches whose trials report figures and train nothing, on the project's own Tuner, scheduler and trial store."""
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray
 import ray.tune
 from pyarrow import fs as pafs
-from ray.tune.logger.tensorboardx import TBXLoggerCallback
 
+from fashion.bench.scale.reporter import Reporter, report_epochs
 from fashion.config import TrainConfig
 from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
 from fashion.search import search
-from fashion.search.callbacks import SearchCallback
+from fashion.search.callbacks import Curves, SearchCallback
 from fashion.search.sampler import pending_points
 from fashion.search.space import SearchConfig
-from fashion.search.trial import CHECKPOINTS, TRIAL
 from fashion.search.trial_store import TrialStore
-from fashion.storage import Storage, open_storage
-from fashion.training.metrics import Metrics
-
-STATE = "state.json"
-"""File of a trial's checkpoint: the metrics of its epochs."""
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """What a trial does in place of training: each epoch takes `epoch_s` seconds, asleep."""
-
-    uri: str
-    search_id: str
-    max_epochs: int
-    epoch_s: float = 0.0
-    saves: bool = False
-    """Whether it writes a checkpoint before each report and goes on from one."""
-    engine: Engine | None = None
-    """What trains a trial of several workers."""
-
-
-def report_epochs(point: dict[str, Any], *, reporter: Reporter) -> None:
-    """Run a trial: report the epochs of its checkpoint, if there is one, and then the others."""
-    storage = open_storage(reporter.uri) if reporter.saves else None
-    place = (schemas.SEARCHES_FOLDER, reporter.search_id, point[TRIAL], CHECKPOINTS, STATE)
-    history: list[Metrics] = []
-    if storage is not None and storage.exists(*place):
-        history = json.loads(storage.read_bytes(*place))
-    for metrics in history:
-        ray.tune.report(dict(metrics))
-    for epoch in range(len(history) + 1, reporter.max_epochs + 1):
-        time.sleep(reporter.epoch_s)
-        metrics = metrics_of(point, epoch)
-        history.append(metrics)
-        if storage is not None:
-            storage.write_bytes(json.dumps(history).encode(), *place)
-        ray.tune.report(dict(metrics))
+from fashion.storage import Storage
 
 
 def trainable(reporter: Reporter, cpus: float = 1.0) -> Any:
     """Return what Tune runs for each trial, in a process that takes `cpus` logical CPUs."""
     return ray.tune.with_resources(ray.tune.with_parameters(report_epochs, reporter=reporter), {"CPU": cpus})
-
-
-def metrics_of(point: dict[str, Any], epoch: int) -> Metrics:
-    """Return the metrics of a trial's epoch: drawn, and the same whenever they are asked for."""
-    chance = Random(f"{sorted(point.items())}")
-    goal, noise = chance.uniform(0.5, 0.9), Random(f"{sorted(point.items())} {epoch}").gauss(0, 0.01)
-    accuracy = min(1.0, max(0.0, goal * (1 - 0.5**epoch) + noise))
-    metrics: Metrics = {"epoch": epoch, "lr": point.get("lr", 0.1), "world_size": 1, "device": "cpu"}
-    for split, rows in (("train", 55_000), ("val", 5_000)):
-        metrics |= {f"{split}_accuracy": accuracy, f"{split}_loss": 2.3 * (1 - accuracy), f"{split}_rows": rows}
-    return metrics | {"epoch_time_s": 1.0, "data_wait_s": 0.0, "val_time_s": 0.1, "val_wait_s": 0.0}
-
-
-def reported(point: dict[str, Any], epoch: int) -> Metrics:
-    """Return what the trial store keeps of `metrics_of(point, epoch)` in a trial's history."""
-    return {name: value for name, value in metrics_of(point, epoch).items() if name not in schemas.PROCESS_COLUMNS}
 
 
 class TimedCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
@@ -165,12 +110,12 @@ def run_search(
         return Outcome(store, time.perf_counter() - started, {})
     callback = TimedCallback(SearchCallback(storage, search_id, store, engine))
     callbacks: list[ray.tune.Callback] = [callback, *others]
-    if isinstance(storage.fs, pafs.LocalFileSystem):
-        callbacks.append(TBXLoggerCallback())
+    if storage.is_folder:
+        callbacks.append(Curves())
     started = time.perf_counter()
-    with store:
+    with store, search.storage_of_tune(storage) as place:
         if points:
-            search.build_tuner(storage, search_id, store, points, trainable, limit, callbacks).fit()
+            search.build_tuner(place, search_id, store, points, trainable, limit, callbacks).fit()
     seconds = time.perf_counter() - started
     search.remove_checkpoints(storage, search_id, store)
     return Outcome(store, seconds, callback.seconds)

@@ -7,6 +7,7 @@ Trials report figures after epochs that are asleep. Prints a table.
 import contextlib
 import http.client
 import re
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from fashion import cli
+from fashion.bench.measurement import alternate
 from fashion.bench.scale import growth, reporting
+from fashion.bench.scale.reporter import Reporter
 from fashion.cluster import connection
 from fashion.config import require
 from fashion.search.space import SearchConfig
@@ -41,29 +44,35 @@ class Flags:
     """Time that an epoch takes, in seconds."""
     concurrent: int = 8
     """Trials at a time, each in a process."""
+    repeats: int = 3
+    """How often each side is timed, in turns, after a first time that warms up."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the search through the proxy, without the delay and with it; print both times and their ratio."""
+    """Run the search through the proxy, without the delay and with it; print the median times and ratio."""
     flags = cli.parse(Flags, argv, prog="python -m fashion.bench.scale.slow_store", description=__doc__ or "")
     found = re.search(r"endpoint_override=([^&]+)", flags.storage)
     require(found is not None, f"--storage {flags.storage!r} must be an S3 URI with endpoint_override=HOST:PORT")
     assert found is not None
     connection.connect(num_cpus=flags.concurrent)
-    seconds = {}
-    for delay_ms in (0.0, flags.delay_ms):
+
+    def rate(delay_ms: float) -> float:
         with proxy(found.group(1), delay_ms / 1000) as address:
-            uri = flags.storage.replace(found.group(0), f"endpoint_override={address}")
-            seconds[delay_ms] = run(uri, flags)
-    quick, slow = seconds.values()
+            return 1 / run(flags.storage.replace(found.group(0), f"endpoint_override={address}"), flags)
+
+    rates = alternate({"quick": lambda _: rate(0.0), "slow": lambda _: rate(flags.delay_ms)}, flags.repeats)
+    ratios = [quick / slow for quick, slow in zip(rates["quick"], rates["slow"], strict=True)]
     reporting.print_table(
         [
             {
                 "trials": flags.trials,
                 "delay, ms": flags.delay_ms,
-                "s without": quick,
-                "s with": slow,
-                "ratio": slow / quick,
+                "s without": 1 / statistics.median(rates["quick"]),
+                "s with": 1 / statistics.median(rates["slow"]),
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "greatest": max(ratios),
+                "n": flags.repeats,
             }
         ]
     )
@@ -73,7 +82,7 @@ def run(uri: str, flags: Flags) -> float:
     """Return the time of the search in the store at `uri`, in seconds."""
     config = SearchConfig(num_samples=flags.trials, max_epochs=flags.epochs)
     with reporting.scratch(open_storage(uri)) as place, growth.unseen():
-        reporter = reporting.Reporter(place.uri, "slow", flags.epochs, flags.epoch_s)
+        reporter = Reporter(place.uri, "slow", flags.epochs, flags.epoch_s)
         trainable = reporting.trainable(reporter)
         return reporting.run_search(place, "slow", config, trainable, limit=lambda _: flags.concurrent).seconds
 
@@ -87,8 +96,19 @@ def proxy(server: str, delay_s: float) -> Iterator[str]:
 
         protocol_version = "HTTP/1.1"
 
+        def read_body(self) -> bytes:
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b""
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()  # ends a chunk
+            while self.rfile.readline().strip():  # what follows the last chunk, up to an empty line
+                pass
+            return body
+
         def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.read_body()
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
             upstream = http.client.HTTPConnection(server)
             upstream.request(self.command, self.path, body, headers)

@@ -211,7 +211,7 @@ def kind_of(images: str) -> pafs.FileType:
 
 def one_file(storage: Storage, name: bytes) -> Iterator[File]:
     """Yield the one file `name` of a folder."""
-    if isinstance(storage.fs, pafs.LocalFileSystem):
+    if storage.is_folder:
         yield from stated(os.fsencode(storage.root), b"", [name])
         return
     info = storage.fs.get_file_info(f"{storage.root}/{os.fsdecode(name)}")
@@ -220,7 +220,7 @@ def one_file(storage: Storage, name: bytes) -> Iterator[File]:
 
 def walk(storage: Storage, glob: Glob) -> Iterator[File]:
     """Yield the files below a folder that a glob matches, in a fixed order."""
-    if isinstance(storage.fs, pafs.LocalFileSystem):
+    if storage.is_folder:
         yield from walk_local(os.fsencode(storage.root), b"", glob)
         return
     selector = pafs.FileSelector(storage.root or "/", allow_not_found=True, recursive=glob.is_deep)

@@ -80,7 +80,7 @@ def read_files(listing: Listing, numbers: range, photo: bool) -> Decoded:
 def fetch(listing: Listing, numbers: range) -> Iterator[bytes | OSError]:
     """Yield the content of files, or why one cannot be opened."""
     paths = [listing.file(number) for number in numbers]
-    if isinstance(listing.storage.fs, pafs.LocalFileSystem):
+    if listing.storage.is_folder:
         yield from map(local_content, paths)
         return
     with ThreadPoolExecutor(len(paths)) as threads:
