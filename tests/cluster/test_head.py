@@ -10,7 +10,7 @@ import pytest
 from fashion.cluster import head
 
 
-@pytest.mark.parametrize("port", ["", "http", "0", "65536", "-1", "8.5"])
+@pytest.mark.parametrize("port", [" ", "http", "0", "65536", "-1", "8.5"])
 def test_a_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("DASHBOARD_PORT", port)
     with pytest.raises(SystemExit) as stop:
