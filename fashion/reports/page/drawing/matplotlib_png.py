@@ -35,7 +35,8 @@ def figure_png(figure: Figure) -> bytes:
     canvas.suptitle(escape_dollars(figure.title), fontsize=13, fontweight="bold")
     for place, panel in enumerate(figure.panels):
         axes = canvas.add_subplot(rows, columns, place + 1)
-        axes.set_title(escape_dollars(panel.title), fontsize=11, loc="left")
+        # A title stands above the legend, which is as wide as the panel where it has many entries.
+        axes.set_title(escape_dollars(panel.title), fontsize=11, loc="left", pad=22 if len(figure.panels) > 1 else 6)
         if isinstance(panel, ConfusionMatrix):
             draw_matrix(axes, panel)
         else:
