@@ -178,7 +178,8 @@ def predict_by_actors(storage: Storage, row: dict[str, Any], plan: Plan) -> pa.T
         threads=plan.threads_per_worker,
         use_gpu=False,
     )
-    classified = loading.open_dataset(storage, load_manifest(storage), ["test"]).map_batches(
+    rows = loading.open_dataset(storage, load_manifest(storage), ["test"]).repartition(plan.num_workers[1])
+    classified = rows.map_batches(
         Classifier,
         fn_constructor_args=(spec,),
         batch_size=ROWS_PER_BATCH,
