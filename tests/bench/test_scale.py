@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray.tune
 
 from fashion.bench.scale import growth, kills, placement, reporting, slow_store
 from fashion.bench.scale.reporter import Reporter, metrics_of
@@ -24,9 +26,21 @@ pytestmark = pytest.mark.ray
 CONFIG = SearchConfig(num_samples=12, max_epochs=3)
 
 
+class Trials(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Keeps Tune's trials that have ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[Any] = []
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ended.append(trial)
+
+
 def test_a_search_that_only_reports_is_a_whole_search(ray_cluster: None, storage: Storage) -> None:
     trainable = reporting.trainable(Reporter(storage.uri, growth.SEARCH_ID, CONFIG.max_epochs))
-    done = reporting.run_search(storage, growth.SEARCH_ID, CONFIG, trainable, limit=lambda _: 2)
+    seen = Trials()
+    done = reporting.run_search(storage, growth.SEARCH_ID, CONFIG, trainable, limit=lambda _: 2, others=[seen])
+    assert [trial.metric_analysis or trial.metric_n_steps for trial in seen.ended] == [{}] * 12, "Tune sums up nothing"
     trials = done.store.trials.values()
     assert {trial.status for trial in trials} == {"completed", "stopped"}
     assert len(done.callback["on_trial_result"]) == sum(len(trial.history) for trial in trials)
