@@ -169,7 +169,7 @@ class Hosts:
         users = [[*user[:5], str(host.home), "/bin/bash"] if user[2:3] == ["0"] else user for user in users]
         (host.folder / "passwd").write_text("".join(":".join(user) + "\n" for user in users))
         start_init(host)
-        port, at = f"port{host.number}", ("nsenter", f"--target={self.switch.pid}", "-n")
+        port, at = port_of(host), ("nsenter", f"--target={self.switch.pid}", "-n")
         call(*at, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
         call(*at, "ip", "link", "set", port, "master", "bridge", "up")
         inside = ("nsenter", f"--target={host.pid}", "-n", "ip")
@@ -227,14 +227,19 @@ class Hosts:
 
     def cut(self, host: Host) -> None:
         """Pull the host's network cable: nobody is told, packets stay away."""
-        call("nsenter", f"--target={self.switch.pid}", "-n", "ip", "link", "set", f"port{host.number}", "down")
+        call("nsenter", f"--target={self.switch.pid}", "-n", "ip", "link", "set", port_of(host), "down")
 
     def mend(self, host: Host) -> None:
         """Plug the cable in again."""
-        call("nsenter", f"--target={self.switch.pid}", "-n", "ip", "link", "set", f"port{host.number}", "up")
+        call("nsenter", f"--target={self.switch.pid}", "-n", "ip", "link", "set", port_of(host), "up")
 
     def kill(self, host: Host) -> None:
         """Cut the host's power: every process of it is gone at once."""
+        if host.init is not None and host is not self.switch:
+            # The kernel takes a network namespace apart some time after its last process; until then a host that is
+            # booted anew would find its port of the switch in use. A host that was booted half has none.
+            at = ("nsenter", f"--target={self.switch.pid}", "-n")
+            subprocess.run([*at, "ip", "link", "delete", port_of(host)], capture_output=True, check=False)
         if host.init is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(host.pid, signal.SIGKILL)
@@ -255,8 +260,13 @@ class Hosts:
                     found[int(entry.name)] = line
             except OSError:
                 continue
-        found.pop(host.pid)
+        found.pop(host.pid, None)  # its power may have been cut meanwhile
         return found
+
+
+def port_of(host: Host) -> str:
+    """Return the name of the switch's end of the host's cable."""
+    return f"port{host.number}"
 
 
 def start_init(host: Host) -> None:

@@ -348,11 +348,16 @@ def test_a_run_survives_a_kill_and_a_store_that_falls_silent(
     expected = unbroken("fp32")
     done = run_job("jobs.prepare", "--storage", remote.uri, "--source", "auto", "--val-rows", "100")
     assert "already prepared" in done.stdout, done.stderr
-    first = Driver(remote, "one")
-    first.wait_for(first.workers)
+    first = Driver(remote, "one", every_s=0)
+    first.wait_for(lambda: len(first.workers()) == 2)
+    workers = first.workers()
+    for worker in workers:  # the run goes on when its lock has been looked at
+        worker.suspend()
     owner = f"--run-id one is in use by process {first.pid} of"
     with pytest.raises(UserError, match=owner), NameLock(remote, "runs", "one", "--run-id", heartbeat_s=4.0):
         pass  # it renews its note each 5 s, and is watched for 12
+    for worker in workers:
+        worker.resume()
     manager = CheckpointManager(remote, ("runs", "one"), newest=2)
     earlier = first.wait_for(lambda: manager.newest_whole()[0])
     first.process.kill()

@@ -4,9 +4,10 @@ The cluster's nodes are Ray nodes on this machine with logical CPUs, and trainin
 counts: what share of the time the places are used, and whether every trial ends. Prints a table.
 """
 
+import concurrent.futures
+import logging
 import math
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,33 +97,33 @@ def main(argv: Sequence[str]) -> None:
     connection.provide_token()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=flags.cpus, wait=False) for _ in range(flags.nodes)]
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     connection.quieten()
     cluster.wait_for_nodes()
     usage = Usage()
-    with tempfile.TemporaryDirectory() as folder:
-        over = threading.Event()
-        changes = threading.Thread(target=change_nodes, args=(cluster, nodes, flags, usage, over))
-        changes.start()
-        try:
-            row = measure(open_storage(folder), flags, usage)
-        finally:
-            over.set()
-            changes.join()
+    # Nodes are changed in the main thread: to add one sets the process's handler of a signal.
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        search = pool.submit(measure, open_storage(folder), flags, usage)
+        change_nodes(cluster, nodes, flags, usage, search)
+        row = search.result()
     reporting.print_table([row])
     ray.shutdown()
     cluster.shutdown()
 
 
-def change_nodes(cluster: Cluster, nodes: list[Any], flags: Flags, usage: Usage, over: threading.Event) -> None:
-    """Remove a third of the nodes after a while, at once and without a warning, and add as many later."""
-    if not flags.lose_after_s or over.wait(flags.lose_after_s):
+def change_nodes(
+    cluster: Cluster, nodes: list[Any], flags: Flags, usage: Usage, search: concurrent.futures.Future[Any]
+) -> None:
+    """Remove a third of the nodes after a while, at once and without a warning, and add as many later, unless the
+    search is over before.
+    """
+    if not flags.lose_after_s or concurrent.futures.wait([search], flags.lose_after_s).done:
         return
     gone = nodes[: flags.nodes // 3]
     usage.lost_at = time.monotonic()
     for node in gone:
         cluster.remove_node(node, allow_graceful=False)
-    if over.wait(flags.lost_for_s):
+    if concurrent.futures.wait([search], flags.lost_for_s).done:
         return
     for _ in gone:
         cluster.add_node(num_cpus=flags.cpus, wait=False)
