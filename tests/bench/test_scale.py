@@ -98,7 +98,7 @@ def test_a_search_that_lacks_something_is_not_whole(storage: Storage, trials: in
 
 
 def test_shares_of_time_count_what_lies_within() -> None:
-    usage = placement.Usage(epochs=[(0.0, 10.0), (0.0, 5.0), (8.0, 20.0)])
+    usage = placement.Usage(3, epochs=[(0.0, 10.0), (0.0, 5.0), (8.0, 20.0)])
     assert usage.share(0.0, 10.0, 2) == pytest.approx((10 + 5 + 2) / 20)
     assert usage.share(10.0, 20.0, 1) == 1.0
 

@@ -45,24 +45,28 @@ class Flags:
     """Logical CPUs of each node."""
     workers: int = 1
     """Workers of each trial, with one logical CPU each."""
-    trials: int = 192
-    """Trials of the search."""
+    trials: int = 384
+    """Trials of the search: enough that some are left to start when the nodes are back."""
     epochs: int = 3
     """Most epochs of a trial."""
     epoch_s: float = 20.0
     """Time that an epoch takes, in seconds: long against the start of a process on this machine."""
-    lose_after_s: float = 120.0
-    """After how many seconds a third of the nodes is removed; 0 for never."""
+    lose_after_s: float = 70.0
+    """How many seconds after all places are taken a third of the nodes is removed; 0 for never."""
     lost_for_s: float = 60.0
     """After how many more seconds as many nodes are added."""
 
 
 @dataclass
 class Usage:
-    """When trials were in an epoch, and when the cluster lost nodes and had them again."""
+    """When trials were in an epoch, when all places were taken, and when the cluster lost nodes and had them again."""
 
+    places: int
     epochs: list[tuple[float, float]] = field(default_factory=list)
+    began: dict[str, float] = field(default_factory=dict)
+    """When each trial began the epoch that it is in."""
     last_start: float = 0.0
+    full_at: float = 0.0
     lost_at: float = 0.0
     back_at: float = 0.0
 
@@ -79,20 +83,31 @@ class Watcher(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
         self._usage, self._epoch_s = usage, epoch_s
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note the latest start: from then on, places stay empty because no trial is left."""
-        self._usage.last_start = time.monotonic()
+        """Note the latest start: from then on, places stay empty because no trial is left. One that starts again was in
+        an epoch until its node was lost.
+        """
+        usage, now = self._usage, time.monotonic()
+        if trial.trial_id in usage.began:
+            usage.epochs.append((usage.began[trial.trial_id], usage.lost_at))
+        usage.began[trial.trial_id] = usage.last_start = now
+        if len(usage.began) == usage.places:
+            usage.full_at = now
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Note an epoch. One that a restarted trial reports again took no time."""
+        now = time.monotonic()
         if result["time_this_iter_s"] >= self._epoch_s / 2:
-            self._usage.epochs.append((time.monotonic() - self._epoch_s, time.monotonic()))
+            self._usage.epochs.append((now - self._epoch_s, now))
+        self._usage.began[trial.trial_id] = now
 
 
 def main(argv: Sequence[str]) -> None:
     """Start the cluster, run the search, remove and add nodes meanwhile; print what was used and how trials ended."""
     flags = cli.parse(Flags, argv, prog="python -m fashion.bench.scale.placement", description=__doc__ or "")
+    places = flags.nodes * flags.cpus // flags.workers
+    require(flags.trials >= places, f"--trials {flags.trials} must be at least {places}, a trial for each place")
     require(flags.nodes >= 3, f"--nodes {flags.nodes} must be at least 3: a third of them is removed")
     connection.provide_token()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -100,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     connection.quieten()
     cluster.wait_for_nodes()
-    usage = Usage()
+    usage = Usage(places)
     # Nodes are changed in the main thread: to add one sets the process's handler of a signal.
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as pool:
         search = pool.submit(measure, open_storage(folder), flags, usage)
@@ -114,9 +129,11 @@ def main(argv: Sequence[str]) -> None:
 def change_nodes(
     cluster: Cluster, nodes: list[Any], flags: Flags, usage: Usage, search: concurrent.futures.Future[Any]
 ) -> None:
-    """Remove a third of the nodes after a while, at once and without a warning, and add as many later, unless the
-    search is over before.
+    """Remove a third of the nodes when all have been in use for a while, at once and without a warning, and add as many
+    later, unless the search is over before.
     """
+    while not usage.full_at and not concurrent.futures.wait([search], 0.5).done:
+        pass
     if not flags.lose_after_s or concurrent.futures.wait([search], flags.lose_after_s).done:
         return
     gone = nodes[: flags.nodes // 3]
@@ -141,11 +158,8 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
         done = reporting.run_search(
             storage, SEARCH_ID, config, trainable, limit, engine=engine, others=[Watcher(usage, flags.epoch_s)]
         )
-    places = flags.nodes * flags.cpus // flags.workers
     left = (flags.nodes - flags.nodes // 3) * flags.cpus // flags.workers
-    starts = sorted(first for first, _ in usage.epochs)
-    full = starts[min(places, len(starts)) - 1]
-    end = max(usage.last_start, full)
+    places, full, end = usage.places, usage.full_at, usage.last_start
     was_lost = usage.lost_at > 0
     trials = list(done.store.trials.values())
     return {
@@ -155,7 +169,7 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
         "ended": sum(trial.status in ENDED for trial in trials),
         "of these error": sum(trial.status == "error" for trial in trials),
         "s": done.seconds,
-        "s until all places were used": full - min(starts),
+        "s until all places were used": full - min(first for first, _ in usage.epochs),
         "share used before the loss": usage.share(full, usage.lost_at or end, places),
         "share while nodes were lost": usage.share(usage.lost_at, min(usage.back_at or end, end), left)
         if was_lost
