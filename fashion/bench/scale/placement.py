@@ -56,6 +56,11 @@ class Flags:
     lost_for_s: float = 60.0
     """After how many more seconds as many nodes are added."""
 
+    @property
+    def third(self) -> int:
+        """How many nodes are lost: a third, rounded up."""
+        return math.ceil(self.nodes / 3)
+
 
 @dataclass
 class Usage:
@@ -136,7 +141,7 @@ def change_nodes(
         pass
     if not flags.lose_after_s or concurrent.futures.wait([search], flags.lose_after_s).done:
         return
-    gone = nodes[: flags.nodes // 3]
+    gone = nodes[: flags.third]
     usage.lost_at = time.monotonic()
     for node in gone:
         cluster.remove_node(node, allow_graceful=False)
@@ -158,7 +163,7 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
         done = reporting.run_search(
             storage, SEARCH_ID, config, trainable, limit, engine=engine, others=[Watcher(usage, flags.epoch_s)]
         )
-    left = (flags.nodes - flags.nodes // 3) * flags.cpus // flags.workers
+    left = (flags.nodes - flags.third) * flags.cpus // flags.workers
     places, full, end = usage.places, usage.full_at, usage.last_start
     was_lost = usage.lost_at > 0
     trials = list(done.store.trials.values())
