@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,18 @@ def test_shares_of_time_count_what_lies_within() -> None:
     usage = placement.Usage(3, epochs=[(0.0, 10.0), (0.0, 5.0), (8.0, 20.0)])
     assert usage.share(0.0, 10.0, 2) == pytest.approx((10 + 5 + 2) / 20)
     assert usage.share(10.0, 20.0, 1) == 1.0
+
+
+def test_a_lost_trial_was_in_an_epoch_until_its_node_was_lost() -> None:
+    usage = placement.Usage(1)
+    watcher, trial = placement.Watcher(usage, 20.0), SimpleNamespace(trial_id="a")
+    watcher.on_trial_start(0, [], trial)
+    began = usage.began["a"]
+    assert usage.full_at == began
+    usage.lost_at = began + 7.0
+    watcher.on_trial_start(1, [], trial)
+    assert usage.epochs == [(began, began + 7.0)]
+    assert placement.Flags(nodes=8).third == 3
 
 
 # --- the proxy ------------------------------------------------------------------------------------------------------
