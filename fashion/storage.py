@@ -78,16 +78,18 @@ class Storage:
         Raises `FileNotFoundError`, and `OSError` if others replace the file during each of `READ_ATTEMPTS` attempts.
         """
         path = self.path(*parts)
-        for _ in range(READ_ATTEMPTS):
-            with self.fs.open_input_file(path) as stream:
+        with contextlib.ExitStack() as streams:
+            stream = streams.enter_context(self.fs.open_input_file(path))
+            for _ in range(READ_ATTEMPTS):
                 content = bytes(stream.read())
                 if self.is_folder:
                     return content  # a local file that is open keeps its content when another replaces it
                 # The stream reads as many bytes as the object had when it was opened. If a longer object has replaced
                 # it since, these are a part of that one.
-                with self.fs.open_input_file(path) as now:
-                    if now.metadata() == stream.metadata():
-                        return content
+                now = streams.enter_context(self.fs.open_input_file(path))
+                if now.metadata() == stream.metadata():
+                    return content
+                stream = now
         raise OSError(f"{self.show(*parts)} was replaced during each of {READ_ATTEMPTS} tries to read it")
 
     def write_bytes(self, data: bytes | pa.Buffer, *parts: str) -> None:

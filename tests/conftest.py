@@ -312,10 +312,13 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 900) -> None:
-    """Wait until `condition()` is true."""
+def wait_for(
+    condition: Callable[[], Any], what: str, timeout_s: float = 900, job: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Wait until `condition()` is true. If it is to become true while `job` runs, the end of that is a failure."""
     deadline = time.monotonic() + timeout_s
     while not condition():
+        assert job is None or job.poll() is None, f"the job was over before there was a {what}"
         assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
         time.sleep(0.3)
 

@@ -232,16 +232,20 @@ def test_a_write_that_is_interrupted_leaves_the_old_or_the_new(port: int) -> Non
 
 
 def test_a_reader_sees_a_table_whole_while_it_is_replaced(port: int) -> None:
-    """By longer ones and by shorter ones; a healthy file that is called damaged might be removed."""
+    """By longer ones and by shorter ones; a healthy file that is called damaged might be removed. The writer rests
+    between two, three writes' time at most: one that never rests would leave a reader no time.
+    """
     place = open_storage(uri_of(port, "bucket/replaced"))
     row = {"split": "val", "loss": 0.5, "accuracy": 0.5, "rows": 100}
-    over = threading.Event()
+    over, chance = threading.Event(), random.Random(0)
 
     def write() -> None:
         for number in itertools.count():
             for count in (1, 400, 40):  # none twice with the same content, which a reader takes for the same file
                 rows = [row | {"epoch": epoch + 1, "lr": float(number)} for epoch in range(count)]
+                started = time.monotonic()
                 tables.write_table(place, "epochs", "mine", rows)
+                over.wait(chance.uniform(0, 3) * (time.monotonic() - started))
             if over.is_set():
                 return
 

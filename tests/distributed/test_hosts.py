@@ -36,9 +36,11 @@ def cluster() -> Iterator[Hosts]:
 
 @pytest.fixture
 def whole(cluster: Hosts) -> Hosts:
-    """The same, those started again that an earlier test killed."""
+    """The same, those started again that an earlier test killed, or left without a Ray node."""
+    there = alive(cluster)
     for host in cluster.hosts:
-        if host.ray is None:
+        if host.address not in there or host.ray is None:
+            cluster.kill(host)
             cluster.start(host)
             cluster.wait(host)
     wait_for(lambda: len(alive(cluster)) == 3, "three nodes")
@@ -109,16 +111,21 @@ def log_of(cluster: Hosts, name: str) -> Path:
     return cluster.folder / f"{name}.log"
 
 
-def host_of(cluster: Hosts, mark: str) -> Host:
-    """Return a host, not the head's, that has a process whose command line has `mark`."""
+def host_of(cluster: Hosts, mark: str, job: subprocess.Popen[bytes]) -> Host:
+    """Return a host, not the head's, that has a process of `job` whose command line has `mark`."""
     names: set[str] = set()
 
     def found() -> set[str]:
         names.update(hosts_of(cluster, mark) - {cluster.head.name})
         return names
 
-    wait_for(found, f"process like {mark}")
+    wait_for(found, f"process like {mark}", job=job)
     return next(host for host in cluster.hosts if host.name in names)
+
+
+def steps(storage: Storage, run_id: str) -> list[str]:
+    """Return the names of the run's checkpoints in the middle of an epoch."""
+    return [name for name in storage.list("runs", run_id) if "-step-" in name]
 
 
 def workers(cluster: Hosts) -> set[int]:
@@ -176,10 +183,12 @@ def test_workers_on_different_hosts_train_as_on_one(
 
 def test_a_host_out_of_reach_costs_a_run_one_epoch(whole: Hosts, tiny_storage: Storage) -> None:
     """Its cable is pulled: its worker lives on, and nobody hears of it. After the unbroken run it is compared with."""
-    job = start(whole, "cut-off", "jobs.train", *train_flags(tiny_storage, "cut-off"))
-    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "cut-off"), "first epoch")
-    lost = host_of(whole, "ray::RayTrainWorker")
-    whole.cut(lost)
+    job = start(whole, "cut-off", "jobs.train", *train_flags(tiny_storage, "cut-off"), "--checkpoint-every-s=0")
+    wait_for(lambda: steps(tiny_storage, "cut-off"), "checkpoint in an epoch", job=job)
+    with slowed(whole, "ray::RayTrainWorker"):
+        wait_for(lambda: tables.read_table(tiny_storage, "epochs", "cut-off"), "first epoch", job=job)
+        lost = host_of(whole, "ray::RayTrainWorker", job)
+        whole.cut(lost)
     assert job.wait(1800) == 0, log_of(whole, "cut-off").read_text()
     assert scores(tiny_storage, "cut-off") == scores(tiny_storage, "spread-fp32"), "as without the accident"
     whole.mend(lost)
@@ -194,12 +203,13 @@ def test_a_host_about_to_be_taken_away_is_left_with_a_checkpoint(whole: Hosts, t
     flags += ["--checkpoint-every-s=1000000"]
     watched = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     job = start(whole, "warned", "jobs.train", *flags, **watched)
-    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "warned"), "first epoch")
-    lost = host_of(whole, "ray::RayTrainWorker")
+    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "warned"), "first epoch", job=job)
     drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
-    done = whole.run(whole.head, "ray", "drain-node", "--node-id", alive(whole)[lost.address], *drain, "15")
-    assert done.returncode == 0, done.stdout + done.stderr
-    wait_for(lambda: any("-step-" in name for name in tiny_storage.list("runs", "warned")), "checkpoint in an epoch")
+    with slowed(whole, "ray::RayTrainWorker"):
+        lost = host_of(whole, "ray::RayTrainWorker", job)
+        done = whole.run(whole.head, "ray", "drain-node", "--node-id", alive(whole)[lost.address], *drain, "60")
+        assert done.returncode == 0, done.stdout + done.stderr
+        wait_for(lambda: steps(tiny_storage, "warned"), "checkpoint in an epoch", job=job)
     assert job.wait(1800) == 0, log_of(whole, "warned").read_text()
     assert runs.load_run(tiny_storage, "warned")["epochs_done"] == epochs
     whole.kill(lost)
@@ -210,17 +220,17 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
     flags = [*train_flags(tiny_storage, "elastic", workers="1:2", epochs=epochs), "--resize-every-s", "3"]
     # Ray Train may ask for a worker on a host that is gone; by default it waits a minute before it asks for one less.
     job = start(whole, "elastic", "jobs.train", *flags, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15")
-    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "elastic"), "first epoch")
+    wait_for(lambda: tables.read_table(tiny_storage, "epochs", "elastic"), "first epoch", job=job)
     with slowed(whole, "ray::RayTrainWorker"):
         before = workers(whole)
         assert len(before) == 2
         assert job.poll() is None
         for host in whole.hosts[1:]:
             whole.kill(host)
-        wait_for(lambda: len(workers(whole) - before) == 1 or job.poll() is not None, "worker on the host that is left")
+        wait_for(lambda: len(workers(whole) - before) == 1, "worker on the host that is left", job=job)
         whole.start(whole.hosts[1])
         whole.wait(whole.hosts[1])
-        wait_for(lambda: len(workers(whole)) == 2 or job.poll() is not None, "second worker")
+        wait_for(lambda: len(workers(whole)) == 2, "second worker", job=job)
     assert job.wait(1800) == 0, log_of(whole, "elastic").read_text()
     row = runs.load_run(tiny_storage, "elastic")
     assert (row["status"], row["epochs_done"], row["world_size"]) == ("completed", epochs, 2)
@@ -237,7 +247,7 @@ def test_a_run_shrinks_with_its_cluster_and_grows_again(whole: Hosts, tiny_stora
 def test_a_trials_workers_are_on_different_hosts(whole: Hosts, tiny_storage: Storage) -> None:
     search = ["--search-id", "wide", "--num-samples", "1", "--max-epochs", "1", "--workers-per-trial", "2"]
     job = start(whole, "wide", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
-    wait_for(lambda: len(hosts_of(whole, "ray::RayTrainWorker")) == 2, "workers on two hosts")
+    wait_for(lambda: len(hosts_of(whole, "ray::RayTrainWorker")) == 2, "worker on each of two hosts", job=job)
     assert job.wait(1800) == 0, log_of(whole, "wide").read_text()
     [row] = tables.read_table(tiny_storage, "trials", "wide-t0000")
     assert (row["status"], row["epochs_done"]) == ("completed", 1)
@@ -248,8 +258,8 @@ def test_a_host_that_dies_costs_a_search_no_trial(whole: Hosts, tiny_storage: St
     search = ["--search-id", "sought", "--num-samples", "4", "--max-epochs", "2", "--grace-epochs", "2", "--refit"]
     search += ["--global-batch-size", "16"]
     job = start(whole, "sought", "jobs.tune", "--storage", tiny_storage.uri, *SMALL, *search)
-    wait_for(lambda: len(hosts_of(whole, "ray::ImplicitFunc.train")) > 1, "trials on two hosts")
-    whole.kill(host_of(whole, "ray::ImplicitFunc.train"))
+    wait_for(lambda: len(hosts_of(whole, "ray::ImplicitFunc.train")) > 1, "trial on each of two hosts", job=job)
+    whole.kill(host_of(whole, "ray::ImplicitFunc.train", job))
     assert job.wait(1800) == 0, log_of(whole, "sought").read_text()
     for number in range(4):
         [row] = tables.read_table(tiny_storage, "trials", f"sought-t{number:04d}")
