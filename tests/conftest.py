@@ -5,11 +5,9 @@ import functools
 import gzip
 import io
 import os
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from forkserver.run import FOLDER, forking
 
 from fashion import cli
 from fashion.data import archives as archives_module
@@ -43,9 +42,6 @@ for name, value in RAY_SETTINGS.items():
     os.environ.setdefault(name, value)
 # A thread that waits for another one sleeps: beside other lanes, that other one may not run for a long time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Ray's processes and the project's commands are forked from one that has imported torch: see `forkserver/server.py`.
-FORKSERVER = Path(__file__).with_name("forkserver")
-FORKSERVER_FOLDER = "FASHION_TESTS_FORKSERVER"
 REAL_DATA = ROOT.parent / "shared" / "data" / "FashionMNIST" / "raw"
 
 
@@ -104,25 +100,15 @@ def lane_of(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the fork server, unless there is one, only quick tests are wanted, or `FASHION_TESTS_FORK=no`."""
+    """Have Ray's processes and the project's commands forked from one that has imported torch, unless that is so
+    already, only quick tests are wanted, or `FASHION_TESTS_FORK=no`.
+    """
     wanted = hasattr(os, "sched_getaffinity") and os.environ.get("FASHION_TESTS_FORK") != "no"
-    if not wanted or FORKSERVER_FOLDER in os.environ or config.option.markexpr == "quick":
+    if not wanted or FOLDER in os.environ or config.option.markexpr == "quick":
         return
-    folder = tempfile.mkdtemp(prefix="forkserver-")
-    server = subprocess.Popen(
-        [sys.executable, str(FORKSERVER / "server.py"), folder], stdin=subprocess.PIPE, start_new_session=True
-    )
-    config.add_cleanup(functools.partial(stop_forkserver, server, folder))
-    wait_for(lambda: os.path.exists(f"{folder}/socket") or server.poll() is not None, "fork server", 60)
-    os.environ[FORKSERVER_FOLDER] = folder
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FORKSERVER / "site"), os.environ.get("PYTHONPATH")]))
-
-
-def stop_forkserver(server: "subprocess.Popen[bytes]", folder: str) -> None:
-    """End the server and what it has forked."""
-    server.communicate()
-    shutil.rmtree(folder)
-    assert server.returncode == 0, server.returncode
+    server = contextlib.ExitStack()
+    server.enter_context(forking())
+    config.add_cleanup(server.close)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import torch
-from conftest import FORKSERVER_FOLDER, ROOT, job_environment
+from conftest import ROOT, job_environment
+from forkserver.run import FOLDER
 from torch import Tensor
 
 from fashion.reports import runs, tables
@@ -137,7 +138,7 @@ class Driver:
 def stood_for(process: psutil.Process) -> psutil.Process:
     """Return the process that a proxy stands for, and any other process itself: see `forkserver`."""
     with contextlib.suppress(OSError, psutil.NoSuchProcess):
-        return psutil.Process(int(Path(os.environ.get(FORKSERVER_FOLDER, os.devnull), str(process.pid)).read_text()))
+        return psutil.Process(int(Path(os.environ.get(FOLDER, os.devnull), str(process.pid)).read_text()))
     return process
 
 

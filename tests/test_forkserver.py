@@ -9,12 +9,13 @@ from pathlib import Path
 
 import hosts
 import pytest
-from conftest import FORKSERVER_FOLDER, wait_for
+from conftest import wait_for
+from forkserver.run import FOLDER
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(FORKSERVER_FOLDER not in os.environ, reason="there is no fork server"),
+    pytest.mark.skipif(FOLDER not in os.environ, reason="there is no fork server"),
 ]
 
 

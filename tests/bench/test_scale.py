@@ -100,8 +100,8 @@ def test_a_search_that_lacks_something_is_not_whole(storage: Storage, trials: in
 
 def test_shares_of_time_count_what_lies_within() -> None:
     usage = placement.Usage(3, epochs=[(0.0, 10.0), (0.0, 5.0), (8.0, 20.0)])
-    assert usage.share(0.0, 10.0, 2) == pytest.approx((10 + 5 + 2) / 20)
-    assert usage.share(10.0, 20.0, 1) == 1.0
+    assert usage.share(usage.epochs, 0.0, 10.0, 2) == pytest.approx((10 + 5 + 2) / 20)
+    assert usage.share(usage.epochs, 10.0, 20.0, 1) == 1.0
 
 
 def test_a_lost_trial_was_in_an_epoch_until_its_node_was_lost() -> None:
@@ -111,7 +111,9 @@ def test_a_lost_trial_was_in_an_epoch_until_its_node_was_lost() -> None:
     began = usage.began["a"]
     assert usage.full_at == began
     usage.lost_at = began + 7.0
+    watcher.on_trial_recover(1, [], trial)
     watcher.on_trial_start(1, [], trial)
+    assert usage.taken == [(began, began + 7.0)]
     assert usage.epochs == [(began, began + 7.0)]
     assert placement.Flags(nodes=8).third == 3
 

@@ -1,7 +1,8 @@
 """Measure how busy a search keeps a cluster of many places, some of which disappear once and come back.
 
 The cluster's nodes are Ray nodes on this machine with logical CPUs, and training is a sleep, so that only placement
-counts: what share of the time the places are used, and whether every trial ends. Prints a table.
+counts: what share of the time the places are taken by a trial, and used by one that is in an epoch, and whether every
+trial ends. To start a trial of several workers is work for this machine, which is not used meanwhile. Prints a table.
 """
 
 import concurrent.futures
@@ -68,6 +69,10 @@ class Usage:
 
     places: int
     epochs: list[tuple[float, float]] = field(default_factory=list)
+    taken: list[tuple[float, float]] = field(default_factory=list)
+    """From the start of each trial to its end, or to the loss of its node."""
+    started: dict[str, float] = field(default_factory=dict)
+    """When each trial that runs has started."""
     began: dict[str, float] = field(default_factory=dict)
     """When each trial began the epoch that it is in."""
     last_start: float = 0.0
@@ -75,9 +80,9 @@ class Usage:
     lost_at: float = 0.0
     back_at: float = 0.0
 
-    def share(self, start: float, end: float, places: int) -> float:
-        """Return the share of the time from `start` to `end` in which `places` trials at a time were in an epoch."""
-        used = sum(max(0.0, min(end, last) - max(start, first)) for first, last in self.epochs)
+    def share(self, times: list[tuple[float, float]], start: float, end: float, places: int) -> float:
+        """Return the share of `places` places that `times`, `epochs` or `taken`, fill from `start` to `end`."""
+        used = sum(max(0.0, min(end, last) - max(start, first)) for first, last in times)
         return used / (places * (end - start)) if end > start else float("nan")
 
 
@@ -94,7 +99,7 @@ class Watcher(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
         usage, now = self._usage, time.monotonic()
         if trial.trial_id in usage.began:
             usage.epochs.append((usage.began[trial.trial_id], usage.lost_at))
-        usage.began[trial.trial_id] = usage.last_start = now
+        usage.began[trial.trial_id] = usage.started[trial.trial_id] = usage.last_start = now
         if len(usage.began) == usage.places:
             usage.full_at = now
 
@@ -106,6 +111,18 @@ class Watcher(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
         if result["time_this_iter_s"] >= self._epoch_s / 2:
             self._usage.epochs.append((now - self._epoch_s, now))
         self._usage.began[trial.trial_id] = now
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a place is free."""
+        self._free(trial, time.monotonic())
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial has lost its place with a node; Tune finds that out later."""
+        self._free(trial, self._usage.lost_at or time.monotonic())
+
+    def _free(self, trial: Any, now: float) -> None:
+        """Note when a trial's place was free; one that could not even start has had none."""
+        self._usage.taken.append((self._usage.started.pop(trial.trial_id, now), now))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -166,6 +183,15 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
     left = (flags.nodes - flags.third) * flags.cpus // flags.workers
     places, full, end = usage.places, usage.full_at, usage.last_start
     was_lost = usage.lost_at > 0
+
+    def shares(name: str, times: list[tuple[float, float]]) -> dict[str, float]:
+        while_lost = usage.share(times, usage.lost_at, min(usage.back_at or end, end), left) if was_lost else math.nan
+        return {
+            f"share {name} before the loss": usage.share(times, full, usage.lost_at or end, places),
+            f"share {name} while nodes were lost": while_lost,
+            f"share {name} after": usage.share(times, usage.back_at or end, end, places),
+        }
+
     trials = list(done.store.trials.values())
     return {
         "places": places,
@@ -175,11 +201,8 @@ def measure(storage: Storage, flags: Flags, usage: Usage) -> dict[str, Any]:
         "of these error": sum(trial.status == "error" for trial in trials),
         "s": done.seconds,
         "s until all places were used": full - min(first for first, _ in usage.epochs),
-        "share used before the loss": usage.share(full, usage.lost_at or end, places),
-        "share while nodes were lost": usage.share(usage.lost_at, min(usage.back_at or end, end), left)
-        if was_lost
-        else math.nan,
-        "share after": usage.share(usage.back_at or end, end, places),
+        **shares("used", usage.epochs),
+        **shares("taken", usage.taken),
     }
 
 
