@@ -14,6 +14,7 @@ import psutil
 import torch
 from conftest import ROOT, job_environment
 from forkserver.run import FOLDER
+from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 from fashion.reports import runs, tables
@@ -167,6 +168,19 @@ def command_of(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return ""
+
+
+def curves_of(folder: Path) -> dict[tuple[str, int], float]:
+    """Return the figures that lie in a folder for TensorBoard: name and epoch -> value."""
+    values = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        content = path.read_bytes()
+        while content:  # length (8 bytes), its sum (4), the event, its sum (4)
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            content = content[16 + size :]
+    return values
 
 
 def outcome(storage: Storage, run_id: str) -> Outcome:

@@ -1,5 +1,6 @@
 """One training run from its settings to its reports: prepare, plan, train on Ray Train, evaluate, write the rows."""
 
+import contextlib
 import functools
 import secrets
 import sys
@@ -231,24 +232,28 @@ def fit(run: PlannedRun, engine: Engine, say: Callable[[str], None]) -> dict[str
     if config.data_mode == "streaming":
         # Ray Train splits this set among the workers; of every other set, a rank pulls its rows by their numbers.
         streamed = {"train": loading.open_dataset(storage, run.manifest, ["train"]).limit(plan.num_train_rows)}
-    returned = engine.train(
-        train_loop_per_worker,
-        worker_settings(storage, run.manifest, config, plan, run.rows)
-        | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults), "engine": engine},
-        scaling_config(plan, run.spec.faults.resize_every_s),
-        run_config(
-            "ERROR",  # Ray's warnings while it tidies up stay in its logs; `EpochReporter` prints the failure
-            name=run_id,
-            storage_path=storage.path(schemas.RUNS_FOLDER),
-            storage_filesystem=storage.fs,
-            failure_config=ray.train.FailureConfig(max_failures=run.spec.faults.max_failures),
-            callbacks=[
-                EpochReporter(storage, run_id, config.last_epoch, say),
-                TrackingCallback([*tensorboard_writers(storage, run_id, config), *run.trackers]),
-            ],
-        ),
-        streamed,
-    )
+    with contextlib.ExitStack() as files:
+        boards = [
+            files.enter_context(contextlib.closing(each)) for each in tensorboard_writers(storage, run_id, config)
+        ]
+        returned = engine.train(
+            train_loop_per_worker,
+            worker_settings(storage, run.manifest, config, plan, run.rows)
+            | {"folder": (schemas.RUNS_FOLDER, run_id), "faults": asdict(run.spec.faults), "engine": engine},
+            scaling_config(plan, run.spec.faults.resize_every_s),
+            run_config(
+                "ERROR",  # Ray's warnings while it tidies up stay in its logs; `EpochReporter` prints the failure
+                name=run_id,
+                storage_path=storage.path(schemas.RUNS_FOLDER),
+                storage_filesystem=storage.fs,
+                failure_config=ray.train.FailureConfig(max_failures=run.spec.faults.max_failures),
+                callbacks=[
+                    EpochReporter(storage, run_id, config.last_epoch, say),
+                    TrackingCallback([*boards, *run.trackers]),
+                ],
+            ),
+            streamed,
+        )
     assert returned is not None, "rank 0 returned nothing"
     return cast(dict[str, Any], returned)
 

@@ -1,11 +1,12 @@
-"""Sends a run's metrics to experiment trackers: TensorBoard event files beside the run, and an MLflow server if named.
+"""Sends metrics to experiment trackers: TensorBoard event files beside a run or trial, and an MLflow server if named.
 
-For the trials of a search, Ray Tune's own callbacks do this.
+An MLflow server is told of a search's trials by Ray Tune's own callback.
 """
 
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -27,18 +28,32 @@ class TensorBoard:
         self._writer: Any = None
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics of an epoch."""
+        """Add the metrics of an epoch, which are on disk afterwards."""
+        # Imports torch, which readers of reports do not need. Its `SummaryWriter` would take two threads and a pipe for
+        # each file, and the rest of the process's life to forget it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import hparams
+
         numbers = numbers_of(metrics)
         if self._writer is None:
-            from tensorboardX import SummaryWriter  # imports torch, which readers of reports do not need
-            from tensorboardX.summary import hparams
-
-            self._writer = SummaryWriter(self._folder, flush_secs=1)
+            os.makedirs(self._folder, exist_ok=True)
+            self._writer = EventsWriter(os.path.join(self._folder, "events"))
             for summary in hparams(self._settings, dict.fromkeys(numbers, 0.0)):
-                self._writer.file_writer.add_summary(summary)
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, int(numbers["epoch"]))
+                self._write(summary, 0)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(Summary(value=values), int(numbers["epoch"]))
         self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file, if an epoch has created it."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, summary: Any, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 def numbers_of(columns: dict[str, Any]) -> dict[str, int | float]:

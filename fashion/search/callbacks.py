@@ -5,17 +5,19 @@ more with more trials.
 """
 
 import contextlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray.tune.logger.tensorboardx import TBXLoggerCallback
-from ray.tune.result import TRAINING_ITERATION
 
 from fashion.distributed import trainer
 from fashion.distributed.trainers import Engine
 from fashion.reports import schemas
+from fashion.reports.tracking import TensorBoard
 from fashion.search.scheduler import trial_name
 from fashion.search.space import TRIAL
 from fashion.search.trial import remove_workers
@@ -29,6 +31,8 @@ RECORDED_METRICS = {
     *(f"{split}_{figure}" for split in TIMES for figure in ("loss", "accuracy", "rows")),
 }
 """Keys of a Tune result that are recorded: Tune adds many of its own to what a trial reports."""
+MOST_PENDING = 1000
+"""Most epochs and ends of trials that wait to be written for TensorBoard."""
 FAILURES = {"diverged": "diverged", "refused": "error"}
 """Reason of a failure, the key that `trial.report_failure` puts into a result -> the trial's status."""
 
@@ -100,13 +104,64 @@ def forget_figures(trial: Any) -> None:
     trial.metric_n_steps.clear()
 
 
-class Curves(TBXLoggerCallback):  # type: ignore[misc]  # Ray has no types
-    """Writes each trial's figures for TensorBoard, in Tune's event loop: without the dozen figures that Tune adds."""
+class Curves(ray.tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Writes each trial's figures for TensorBoard into its folder, in a thread of its own, which alone waits for the
+    disk.
+    """
 
-    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        """Write the figures of an epoch."""
-        wanted = RECORDED_METRICS | {TRAINING_ITERATION}
-        super().log_trial_result(iteration, trial, {name: value for name, value in result.items() if name in wanted})
+    def __init__(self, storage: Storage, search_id: str) -> None:
+        self._storage = storage
+        self._search_id = search_id
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+        self._writers: dict[str, TensorBoard] = {}
+        """Of the trials that run. The thread alone uses them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing, as `SearchCallback` does."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Have the figures of an epoch written."""
+        figures = {name: value for name, value in result.items() if name in RECORDED_METRICS}
+        self._submit(self._write, trial_name(trial), trial.config, figures)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Have a trial's file closed."""
+        self._submit(self._close, trial_name(trial))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Have the file of a crashed trial closed; it gets another one when it goes on."""
+        self._submit(self._close, trial_name(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Have the file of a trial closed that does not go on."""
+        self._submit(self._close, trial_name(trial))
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Have the thread do `work`; raise what earlier work has raised, and wait if too much is pending."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= MOST_PENDING):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(work, *arguments))
+
+    def _write(self, name: str, point: dict[str, Any], figures: Metrics) -> None:
+        if name not in self._writers:
+            folder = self._storage.path(schemas.SEARCHES_FOLDER, self._search_id, name)
+            settings = {key: value for key, value in point.items() if key != TRIAL}
+            self._writers[name] = TensorBoard(folder, settings)
+        self._writers[name].add_epoch(figures)
+
+    def _close(self, name: str) -> None:
+        if name in self._writers:
+            self._writers.pop(name).close()
 
 
 def remove_checkpoint(storage: Storage, search_id: str, name: str) -> None:

@@ -203,7 +203,7 @@ def loggers(spec: SearchSpec) -> list[ray.tune.Callback]:
     """Return the callbacks that tell MLflow of trials and, in a folder, write curves for TensorBoard."""
     found: list[ray.tune.Callback] = []
     if spec.storage.is_folder:
-        found.append(Curves())
+        found.append(Curves(spec.storage, spec.search_id))
     if spec.options.mlflow:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 

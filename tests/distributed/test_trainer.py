@@ -10,18 +10,17 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import drivers
 import pytest
 import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from conftest import assert_refused, call_job, prepare_archives, split_paths, wait_for
-from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor
 
 import jobs.train
@@ -373,22 +372,11 @@ def room_to_share() -> bool:
 
 
 def test_curves_for_tensorboard_lie_beside_the_run(trained: trainer.TrainResult, storage: Storage) -> None:
-    files = Path(storage.path("runs", "whole", "tensorboard")).glob("events.out.tfevents.*")  # one of each life
-    events = [event for path in files for event in events_of(path)]
-    values = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    values = drivers.curves_of(Path(storage.path("runs", "whole", "tensorboard")))  # a file of each life
     rows = read_table(storage, "epochs", "whole")
     for row in rows:
         assert values[f"{row['split']}_loss", row["epoch"]] == pytest.approx(row["loss"])
     assert any("_hparams_" in tag for tag, _ in values)
-
-
-def events_of(path: Path) -> Iterator[Event]:
-    """Read TensorBoard's records: length (8 bytes), its sum (4), the event, its sum (4)."""
-    content = path.read_bytes()
-    while content:
-        size = int.from_bytes(content[:8], "little")
-        yield Event.FromString(content[12 : 12 + size])
-        content = content[16 + size :]
 
 
 def test_training_again_under_the_same_name(trained: trainer.TrainResult, storage: Storage) -> None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import drivers
 import pytest
 import ray
 import torch
@@ -188,7 +189,12 @@ def test_nothing_but_reports_and_curves_stays_of_a_trial(unbroken: search.Search
     folder = Path(prepared.path("searches", "unbroken"))
     assert not list(folder.rglob("*.safetensors"))
     assert not list(folder.rglob("optimizer.pt"))
-    assert list((folder / "t0003").glob("events.out.tfevents.*")), "curves for TensorBoard"
+    values = drivers.curves_of(folder / "t0003")
+    rows = tables.read_table(prepared, "epochs", "unbroken-t0003")
+    assert [values[f"{row['split']}_loss", row["epoch"]] for row in rows] == pytest.approx(
+        [row["loss"] for row in rows]
+    )
+    assert ("_hparams_/session_start_info", 0) in values, "its settings"
 
 
 def test_the_winner_is_refitted_on_all_rows_and_read_once_on_test(

@@ -111,7 +111,7 @@ def run_search(
     callback = TimedCallback(SearchCallback(storage, search_id, store, engine))
     callbacks: list[ray.tune.Callback] = [callback, *others]
     if storage.is_folder:
-        callbacks.append(Curves())
+        callbacks.append(Curves(storage, search_id))
     started = time.perf_counter()
     with store, search.storage_of_tune(storage) as place:
         if points:
