@@ -128,6 +128,10 @@ class Storage:
         if self.exists(*parts):
             self.fs.delete_dir(self.path(*parts))
 
+    def empty_folder(self, *parts: str) -> None:
+        """Remove all that is in a folder, if it exists, and leave it: in an object store that takes fewer requests."""
+        self.fs.delete_dir_contents(self.path(*parts), missing_dir_ok=True)
+
     def check_writable(self, *folders: str) -> None:
         """Raise `UserError` unless files can be written in `folders` below the root, or in the root if none is named.
 

@@ -156,7 +156,7 @@ class Journal:
     def _write_tables(self) -> None:
         started = time.monotonic()
         self._compact(self._number)
-        self._storage.delete_folder(*self._folder)
+        self._storage.empty_folder(*self._folder)
         self._segments = 0
         self._compacted_at = time.monotonic()
         self._compaction_s = self._compacted_at - started

@@ -205,16 +205,22 @@ class TrialTables:
     def write(self, last_segment: int) -> None:
         """Write all rows, which hold the events up to `last_segment`.
 
-        The file of `trials` is the last one. If the one before it is newer, reading it back does no harm: an event that
+        The file of `trials` is the last one. If those before it are newer, reading it back does no harm: an event that
         a row holds already may be applied to it again.
         """
         metadata = {LAST_SEGMENT: str(last_segment), IDENTITY: json.dumps(self._identity)}
-        for table in tables.SEARCH_TABLES:
+
+        def write(table: str) -> None:
             ended = self._make_rows(table, self._ended)
             self._rows[table] = pa.concat_tables([self._rows[table], ended]).combine_chunks()
             running = self._make_rows(table, [(trial, self._identity) for trial in self._running.values()])
             rows = pa.concat_tables([self._rows[table], running]).sort_by("run_id")
             tables.write_search_table(self._storage, table, self._search_id, rows, metadata)
+
+        *others, last = tables.SEARCH_TABLES
+        with ThreadPoolExecutor(len(others)) as pool:  # in an object store, each write waits for the network
+            list(pool.map(write, others))
+        write(last)
         self._ended = []
         with ThreadPoolExecutor(tables.READERS) as pool:
             list(pool.map(self._remove_folder, self._folders))

@@ -88,7 +88,7 @@ def test_events_are_compacted_and_segments_removed_at_the_end(storage: Storage) 
             writer.put(number(value))
         writer.close()
     assert Tables(storage).numbers == list(range(1000))
-    assert not storage.exists(*FOLDER)
+    assert not storage.list(*FOLDER)
 
 
 def test_many_events_make_few_segments(storage: Storage) -> None:
@@ -107,7 +107,7 @@ def test_tables_follow_while_nothing_more_comes(storage: Storage, monkeypatch: p
     writer = tables.start()
     writer.put(number(0))
     deadline = time.monotonic() + 60
-    while not storage.exists("table") or storage.exists(*FOLDER):
+    while not storage.exists("table") or storage.list(*FOLDER):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert Tables(storage).numbers == [0]

@@ -295,7 +295,7 @@ def test_a_crash_at_any_moment_loses_the_newest_events_alone(tmp_path: Path) -> 
             call(store, CALLS[reached:])
         assert without_times(open_store(storage).trials) == expected[-1]
         assert report_of(storage) == report_of(watched)
-        assert not storage.exists("searches", "s", "journal")
+        assert not storage.list("searches", "s", "journal")
     assert reached == len(CALLS)
     assert len(watched.taken) > 2 * len(CALLS)
 
