@@ -298,3 +298,11 @@ def as_text(value: Any) -> str:
     if value is None:
         return ""
     return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def value_or_none(value: Any, column_type: pa.DataType) -> Any:
+    """Return `value` if a column of `column_type` can hold it, else None."""
+    try:
+        return pa.scalar(value, column_type).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None

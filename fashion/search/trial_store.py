@@ -266,7 +266,7 @@ class TrialTables:
             "trial_id": trial.trial_id,
             "status": trial.status,
             "error": trial.error,
-            **{name: value_or_none(value, columns.field(name).type) for name, value in trial.settings.items()},
+            **{name: tables.value_or_none(value, columns.field(name).type) for name, value in trial.settings.items()},
             "settings_json": json.dumps(trial.settings),
             "max_epochs": self._config.max_epochs,
             "epochs_done": epochs_done,
@@ -396,11 +396,3 @@ class TrialStore:
 def now() -> str:
     """Return the time, in ISO 8601 and UTC."""
     return datetime.now(UTC).isoformat()
-
-
-def value_or_none(value: Any, column_type: pa.DataType) -> Any:
-    """Return `value` if a column of `column_type` can hold it, else None: the user may give anything in `--first`."""
-    try:
-        return pa.scalar(value, column_type).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return None
