@@ -175,5 +175,5 @@ def test_growth_is_drawn_with_a_line_per_store_and_side() -> None:
     figure = growth.growth_figure(rows)
     names = [[line.name for line in panel.series] for panel in figure.panels if isinstance(panel, Panel)]
     both = ["folder", "object store"]
-    assert names == [both, ["folder", "Tune alone, folder", "object store", "Tune alone, object store"], both]
+    assert names == [both, ["folder", "alone, folder", "object store", "alone, object store"], both]
     assert figure_png(figure).startswith(b"\x89PNG")

@@ -101,10 +101,10 @@ def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Return the figure of the table: time in the event loop, time of the search and memory by the number of trials."""
     panels = [
         growth_panel(rows, "In the event loop", "ms per reported epoch", {"": "ms per epoch"}),
-        growth_panel(rows, "The whole search", "seconds", {"": "s", "Tune alone, ": "s alone"}),
-        growth_panel(rows, "Memory of the driver", "MB", {"": "MB of the driver", "Tune alone, ": "MB alone"}),
+        growth_panel(rows, "The whole search", "seconds", {"": "s", "alone, ": "s alone"}),
+        growth_panel(rows, "Memory of the driver", "MB", {"": "MB of the driver", "alone, ": "MB alone"}),
     ]
-    return Figure(name="growth", title="What a search costs as it grows", caption="", panels=panels)
+    return Figure(name="growth", title="What a search costs as it grows, and Tune alone", caption="", panels=panels)
 
 
 def growth_panel(rows: Sequence[dict[str, Any]], title: str, unit: str, columns: dict[str, str]) -> Panel:
