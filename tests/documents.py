@@ -218,6 +218,8 @@ def check_command(words: Sequence[str]) -> Iterator[str]:
             yield from check_make(rest)
         case [program, "-m", *rest] if program in PYTHON or program.startswith(".rays/"):
             yield from check_module(rest)
+        case [program, "tests/forkserver/run.py", *rest] if program in PYTHON:
+            yield from check_command(rest)
         case ["pytest", *rest]:
             yield from check_pytest(rest)
         case ["ray", *rest]:
