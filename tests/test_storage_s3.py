@@ -430,7 +430,7 @@ def test_a_search_keeps_its_trials_there(remote: Storage) -> None:
     for table in ("epochs", "runs", "trials"):
         assert "few.parquet" in remote.list("reports", table)
         assert tables.read_table(remote, table, "few-t0001")
-    assert not remote.exists("searches", "few", "journal")
+    assert not remote.list("searches", "few", "journal")
     assert not remote.exists("searches", "few", "t0000", "checkpoints")
     of_the_search = pafs.FileSelector(remote.path("searches", "few"), recursive=True)
     names = [info.base_name for info in remote.fs.get_file_info(of_the_search) if info.type == pafs.FileType.File]
